@@ -1,0 +1,70 @@
+"""Configuration of an ECL ensemble: K timm encoders, each with a classification head."""
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class ECLConfig(PreTrainedConfig):
+    """Describes what inference needs; nothing that exists only in training is part of it.
+
+    Args:
+        architecture: timm model name of every expert's encoder, with or without a weight tag.
+        num_experts: number of experts K.
+        classifier: "linear" (weights and bias) or "cosine" (scaled cosine similarity plus bias).
+        classifier_scale: scale of the cosine classifier; 16 for ImageNet-LT, 32 for iNaturalist (Sec. VI-C).
+        class_counts: training images of each class, in label order; None if unknown.
+        logit_prior: class prior that the raw logits carry. "uniform" for models trained with the balanced
+            cross-entropy (Eq. 3), whose logits already suit a balanced test set; "train" for models trained with
+            plain cross-entropy, whose logits carry the prior of `class_counts`.
+        model_args: further keyword arguments for `timm.create_model`.
+        pretrained_cfg: timm data configuration (input_size, mean, std, interpolation, crop_pct, crop_mode), which
+            the image processor reads; the architecture's own when None.
+        image_processor_type: image processor class that Auto classes and pipelines load.
+
+    Raises:
+        ValueError: a value is out of range, or `class_counts` does not fit the number of labels.
+    """
+
+    model_type = "ecl"
+
+    architecture: str = "resnet32_cifar"
+    num_experts: int = 3
+    classifier: Literal["linear", "cosine"] = "linear"
+    classifier_scale: float | int = 16.0
+    class_counts: list[int] | None = None
+    logit_prior: Literal["uniform", "train"] = "uniform"
+    model_args: dict[str, Any] | None = None
+    pretrained_cfg: dict[str, Any] | None = None
+    image_processor_type: str = "TimmWrapperImageProcessor"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.class_counts is not None and not {"num_labels", "id2label"} & kwargs.keys():
+            kwargs["num_labels"] = len(self.class_counts)
+        super().__post_init__(**kwargs)
+
+    def validate_num_experts(self) -> None:
+        """At least one expert."""
+        if self.num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1, got {self.num_experts}")
+
+    def validate_classifier_scale(self) -> None:
+        """A positive scale."""
+        if not self.classifier_scale > 0:
+            raise ValueError(f"classifier_scale must be positive, got {self.classifier_scale}")
+
+    def validate_class_counts(self) -> None:
+        """One non-negative count for each label, and at least one image in all."""
+        if self.class_counts is None:
+            if self.logit_prior == "train":
+                raise ValueError("logit_prior='train' needs class_counts: the prior that the logits carry")
+            return
+        if len(self.class_counts) != self.num_labels:
+            raise ValueError(f"class_counts has {len(self.class_counts)} entries, but num_labels is {self.num_labels}")
+        if min(self.class_counts) < 0 or sum(self.class_counts) == 0:
+            raise ValueError("class_counts must be non-negative and hold at least one image")
+
+
+__all__ = ["ECLConfig"]

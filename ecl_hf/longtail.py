@@ -1,0 +1,99 @@
+"""Long-tailed protocols: how many images each class keeps, and which ones (Sec. VI-A)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ecl_hf.modeling_ecl import log_prior_shift
+
+__all__ = ["exponential_counts", "log_prior_shift", "longtail_indices", "pareto_counts"]
+
+
+def exponential_counts(num_classes: int, max_count: int, imbalance_factor: float) -> list[int]:
+    """Exponential profile of CIFAR-LT (Cao et al. 2019): `int(n_max * gamma^(-i / (C - 1)))`.
+
+    Args:
+        num_classes: number of classes C.
+        max_count: images of the largest class, n_max.
+        imbalance_factor: gamma, the largest count over the smallest.
+
+    Raises:
+        ValueError: a number is out of range, or the smallest class would be left without an image.
+    """
+    _check_profile(num_classes, max_count)
+    if not imbalance_factor >= 1:
+        raise ValueError(f"imbalance_factor must be at least 1, got {imbalance_factor}")
+    # gamma = 1 / (1 / gamma) as in the published code, whose rounding decides some counts.
+    ratio = 1 / imbalance_factor
+    counts = [int(max_count * ratio ** (i / max(1, num_classes - 1))) for i in range(num_classes)]
+    if counts[-1] < 1:
+        raise ValueError(
+            f"imbalance_factor {imbalance_factor} leaves class {num_classes - 1} without images, "
+            f"since the largest class has {max_count}; use a factor of at most {max_count}"
+        )
+    return counts
+
+
+def pareto_counts(num_classes: int, max_count: int, min_count: int, alpha: float = 6.0) -> list[int]:
+    """Pareto profile of ImageNet-LT (Liu et al. 2019), cut to [min_count, max_count].
+
+    Class i takes the (i + 1) / C upper quantile of a Pareto distribution that starts at zero (Lomax), scaled so that the
+    first class has `max_count` images; classes below `min_count` are raised to it. For ImageNet-LT's numbers (1000,
+    1280, 5) this gives 117,059 images against the official list's 115,846.
+
+    Args:
+        num_classes: number of classes C.
+        max_count: images of the largest class.
+        min_count: images of the smallest class.
+        alpha: power of the distribution.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    _check_profile(num_classes, max_count)
+    if not 1 <= min_count <= max_count:
+        raise ValueError(f"min_count must lie in 1..{max_count} (max_count), got {min_count}")
+    if not alpha > 0:
+        raise ValueError(f"alpha must be positive, got {alpha}")
+    quantiles = [((i + 1) / num_classes) ** (-1 / alpha) - 1 for i in range(num_classes)]
+    top = quantiles[0] or 1.0
+    return [max_count] + [max(min_count, int(max_count * q / top)) for q in quantiles[1:]]
+
+
+def _check_profile(num_classes: int, max_count: int) -> None:
+    if num_classes < 1 or max_count < 1:
+        raise ValueError(f"num_classes and max_count must be at least 1, got {num_classes} and {max_count}")
+
+
+def longtail_indices(labels: Sequence[int] | np.ndarray, counts: Sequence[int], seed: int = 0) -> np.ndarray:
+    """Choose the images of a long-tailed subset.
+
+    For each class in label order, its positions are shuffled by numpy's legacy generator and the first `counts[c]` are
+    taken: the procedure of Cao et al. (2019), who use seed 0.
+
+    Args:
+        labels: class of each image, [N].
+        counts: images to keep of each class, [C].
+        seed: of `numpy.random.RandomState`; the global generator is left alone.
+
+    Returns:
+        int64 positions, class after class, [sum(counts)].
+
+    Raises:
+        ValueError: a label outside 0..C-1, or a class with fewer images than asked for.
+    """
+    labels = np.asarray(labels)
+    wanted = np.asarray(counts, dtype=np.int64)
+    if len(labels) and (labels.min() < 0 or labels.max() >= len(wanted)):
+        raise ValueError(f"labels reach from {labels.min()} to {labels.max()}, but there are {len(wanted)} classes")
+    available = np.bincount(labels, minlength=len(wanted))
+    if short := np.flatnonzero(available < wanted).tolist():
+        c = short[0]
+        raise ValueError(f"class {c} has {available[c]} images, but {wanted[c]} are wanted ({len(short)} such classes)")
+    random = np.random.RandomState(seed)
+    by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(available)[:-1])
+    chosen = []
+    for positions, count in zip(by_class, wanted, strict=True):
+        random.shuffle(positions)
+        chosen.append(positions[:count])
+    return np.concatenate(chosen).astype(np.int64)

@@ -1,0 +1,203 @@
+"""The equations of the paper as pure functions, and the losses of NCL, which ECL extends.
+
+Stacked inputs have the expert first: K experts, B images, C classes, D feature channels, P projection channels, Q queue
+slots. Half-precision inputs are computed in float32; a caller under autocast switches it off around these functions.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MIN_SIGMA = 1e-6
+MIN_ENTROPY = 1e-4
+WEIGHT_RANGE = (0.1, 10.0)
+
+
+def full_precision(*tensors: Tensor) -> list[Tensor]:
+    """Half-precision tensors as float32; float32 and float64 as they are."""
+    return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+
+
+def balanced_cross_entropy(logits: Tensor, labels: Tensor, log_prior_shift: Tensor, tau: float = 1.0) -> Tensor:
+    """Balanced cross-entropy (Eq. 3): cross-entropy of `z + tau * (log p_s - log p_t)`.
+
+    Args:
+        logits: [B, C].
+        labels: class indices, [B].
+        log_prior_shift: `log p_s - log p_t`, [C].
+        tau: strength of the prior; 0 gives plain cross-entropy.
+
+    Returns:
+        Mean over the batch, [].
+    """
+    logits, shift = full_precision(logits, log_prior_shift)
+    return F.cross_entropy(logits + tau * shift, labels)
+
+
+def posthoc_adjust(logits: Tensor, log_prior_shift: Tensor, tau: float = 1.0) -> Tensor:
+    """Post-hoc logit adjustment (Eq. 4): `z - tau * (log p_s - log p_t)`, for logits that carry the prior p_s.
+
+    Args:
+        logits: [..., C].
+        log_prior_shift: `log p_s - log p_t`, [C].
+        tau: strength of the prior.
+
+    Returns:
+        [..., C].
+    """
+    return logits - tau * log_prior_shift
+
+
+def _standardised_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy with the label of `softmax(z / sigma)` (Eq. 5), at least 1e-4; [..., B, C], [B] -> [..., B].
+
+    Reading: sigma is the population standard deviation of the sample's own raw logits over the classes.
+    """
+    sigma = logits.std(-1, correction=0, keepdim=True).clamp_min(MIN_SIGMA)
+    log_p = (logits / sigma).log_softmax(-1)
+    return -log_p.gather(-1, labels.expand(logits.shape[:-1])[..., None])[..., 0].clamp_max(-MIN_ENTROPY)
+
+
+@torch.no_grad()
+def transfer_weights(ref_logits: Tensor, cls_logits: Tensor, labels: Tensor) -> Tensor:
+    """Weight of each sample in the logit distillation (Eq. 5 and 6): `H(cls, y) / H(ref, y)`.
+
+    Above 1 where the cls head is less confident of the label than the reference head. Reading: the orientation of the
+    equation's right-hand side and of the prose; the printed middle term is its inverse. Clipped to [0.1, 10]; never
+    carries a gradient.
+
+    Args:
+        ref_logits: raw logits of the reference heads, [..., B, C].
+        cls_logits: raw logits of the cls heads, [..., B, C].
+        labels: class indices, [B].
+
+    Returns:
+        [..., B], float32 for half-precision inputs.
+    """
+    ref, cls = full_precision(ref_logits, cls_logits)
+    return (_standardised_entropy(cls, labels) / _standardised_entropy(ref, labels)).clamp(*WEIGHT_RANGE)
+
+
+def _pairwise_kl(scores: Tensor, temperature: float, detach_teacher: bool) -> Tensor:
+    """`KL(softmax(s_k / T) || softmax(s_q / T))` of all ordered pairs; [K, B, N] -> [K (teacher), K (student), B]."""
+    log_p = (scores / temperature).log_softmax(-1)
+    teacher = log_p.detach() if detach_teacher else log_p
+    p = teacher.exp()
+    entropy = (p * teacher).sum(-1)
+    return entropy[:, None] - torch.einsum("kbn,qbn->kqb", p, log_p)
+
+
+def _mean_over_pairs(kl: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean of [K, K, B] over samples and ordered pairs, weighted by the student's [K, B]; 0 for a single expert."""
+    k, _, b = kl.shape
+    if weights is not None:
+        kl = kl * weights
+    others = ~torch.eye(k, dtype=torch.bool, device=kl.device)
+    return (kl * others[..., None]).sum() / (b * max(1, k * (k - 1)))
+
+
+def logit_distillation(
+    cls_logits: Tensor, weights: Tensor | None = None, temperature: float = 1.0, detach_teacher: bool = False
+) -> Tensor:
+    """Re-weighted online distillation between experts (Eq. 7), on raw logits.
+
+    Readings: the weight of a pair is the student's; gradient reaches teacher and student, as in NCL.
+
+    Args:
+        cls_logits: raw logits of the K experts' cls heads, [K, B, C].
+        weights: Eq. 6 weight of each sample for each expert as the student, [K, B]; all ones when None.
+        temperature: of both softmaxes; its square scales the loss.
+        detach_teacher: stop the gradient at the teacher.
+
+    Returns:
+        Mean over samples and ordered pairs, []; 0 when K is 1.
+    """
+    (cls_logits,) = full_precision(cls_logits)
+    return temperature**2 * _mean_over_pairs(_pairwise_kl(cls_logits, temperature, detach_teacher), weights)
+
+
+def feature_distillation(features: Tensor, temperature: float = 1.0, detach_teacher: bool = False) -> Tensor:
+    """Distillation between experts on the pooled features (Eq. 8), softmax over the D channels.
+
+    Reading: a mean over the samples like Eq. 7's; the printed sum would depend on the batch size.
+
+    Args:
+        features: pooled backbone features of the K experts, [K, B, D].
+        temperature: of both softmaxes; its square scales the loss.
+        detach_teacher: stop the gradient at the teacher.
+
+    Returns:
+        Mean over samples and ordered pairs, []; 0 when K is 1.
+    """
+    return logit_distillation(features, None, temperature, detach_teacher)
+
+
+def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """Contrastive loss of one expert (Eq. 9): the positive is the image's own key, the negatives are the queue.
+
+    Args:
+        query: L2-normalised projections of the supervised view, [B, P].
+        key: L2-normalised keys of the second view, [B, P]; carries no gradient.
+        queue: keys of earlier batches, [Q, P]; carries no gradient.
+        temperature: the contrastive temperature.
+
+    Returns:
+        Mean over the batch, [].
+    """
+    query, key, queue = full_precision(query, key.detach(), queue.detach())
+    positive = (query * key).sum(-1, keepdim=True)
+    similarity = torch.cat([positive, query @ queue.T], dim=-1) / temperature
+    return F.cross_entropy(similarity, torch.zeros(len(query), dtype=torch.long, device=query.device))
+
+
+def hard_categories(logits: Tensor, labels: Tensor, num_hard: int) -> Tensor:
+    """NCL's hard category mining: the label and the classes with the largest logits, `num_hard` in all.
+
+    Args:
+        logits: raw logits, [B, C].
+        labels: class indices, [B].
+        num_hard: classes to keep, 1..C.
+
+    Returns:
+        Boolean mask, [B, C].
+    """
+    ranked = logits.detach().scatter(-1, labels[:, None], float("inf")).topk(num_hard, dim=-1).indices
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, ranked, True)
+
+
+def nested_cross_entropy(cls_logits: Tensor, labels: Tensor, log_class_counts: Tensor, hard: Tensor) -> Tensor:
+    """NCL's individual learning: balanced cross-entropy over all classes plus over the hard ones, summed over experts.
+
+    As published, the prior is the log of the raw class counts, and classes outside `hard` have the logit 0 (not -inf).
+
+    Args:
+        cls_logits: raw logits, [K, B, C].
+        labels: class indices, [B].
+        log_class_counts: [C].
+        hard: mask of the hard classes, shared by all experts, [B, C].
+
+    Returns:
+        Sum over experts of the means over the batch, [].
+    """
+    (cls_logits,) = full_precision(cls_logits)
+    adjusted = cls_logits + log_class_counts
+    both = torch.stack([adjusted, adjusted * hard])
+    return F.cross_entropy(both.flatten(0, 2), labels.repeat(2 * len(cls_logits)), reduction="sum") / len(labels)
+
+
+def nested_distillation(cls_logits: Tensor, log_class_counts: Tensor, hard: Tensor) -> Tensor:
+    """NCL's nested online distillation over all classes and over the hard ones, on prior-adjusted logits.
+
+    As published, summed over ordered pairs and divided by K - 1; gradient reaches both arguments.
+
+    Args:
+        cls_logits: raw logits, [K, B, C].
+        log_class_counts: [C].
+        hard: mask of the hard classes, [B, C].
+
+    Returns:
+        [].
+    """
+    (cls_logits,) = full_precision(cls_logits)
+    adjusted = cls_logits + log_class_counts
+    return len(cls_logits) * (logit_distillation(adjusted) + logit_distillation(adjusted * hard))

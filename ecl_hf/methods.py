@@ -1,0 +1,195 @@
+"""Methods as tuples of loss terms (Eq. 10 and 11, Table III, and the controls the paper lacks).
+
+To add one: write its loss in `losses.py`, a `Term` and an entry of `METHODS` here, a float64 loop in
+`tests/reference.py` with a test, and a row in the README.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ecl_hf import losses
+from ecl_hf.recipe import LossConfig
+
+HARD_FRACTION = 0.3
+"""Share of the classes that NCL mines as hard: 30 of 100, 300 of 1000, 2442 of 8142 in its published files."""
+
+
+@dataclass(frozen=True)
+class TaskOutputs:
+    """What one training forward offers to the terms; branches that no term needs are None.
+
+    Attributes:
+        labels: [B].
+        cls_logits: raw logits of the classification heads, [K, B, C].
+        features: pooled backbone features, [K, B, D].
+        log_prior_shift: `log p_s - log p_t`, [C].
+        log_class_counts: [C].
+        ref_logits: raw logits of the reference heads, [K, B, C].
+        queries: L2-normalised projections of the supervised view, [K, B, P].
+        keys: L2-normalised keys of the contrastive view, [K, B, P].
+        queues: negatives of each expert, [K, Q, P].
+    """
+
+    labels: Tensor
+    cls_logits: Tensor
+    features: Tensor
+    log_prior_shift: Tensor
+    log_class_counts: Tensor
+    ref_logits: Tensor | None = None
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+    queues: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Term:
+    """One addend of the loss.
+
+    Attributes:
+        name: key in the logs.
+        loss: unweighted loss of a forward, [].
+        weight: name of its weight in `LossConfig`; None for 1.
+        needs: train-only branches that it reads.
+    """
+
+    name: str
+    loss: Callable[[TaskOutputs, LossConfig], Tensor]
+    weight: Literal["alpha_logit", "alpha_feature", "beta"] | None = None
+    needs: frozenset[Literal["reference", "momentum"]] = frozenset()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    Attributes:
+        terms: addends of the loss (Eq. 11).
+        max_experts: experts that the method is defined for; None for any number.
+        logit_prior: class prior that the trained raw logits carry, see `ECLConfig`.
+    """
+
+    terms: tuple[Term, ...]
+    max_experts: int | None = None
+    logit_prior: Literal["uniform", "train"] = "uniform"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Train-only branches of all terms."""
+        return frozenset().union(*(term.needs for term in self.terms))
+
+
+def _over_experts(logits: Tensor, out: TaskOutputs, tau: float, reduction: str) -> Tensor:
+    """Supervision of one kind of head (Eq. 10), reduced over the experts of [K, B, C] as asked."""
+    k = len(logits)
+    mean = losses.balanced_cross_entropy(logits.flatten(0, 1), out.labels.repeat(k), out.log_prior_shift, tau)
+    return mean * k if reduction == "sum" else mean
+
+
+def _plain(out: TaskOutputs, config: LossConfig) -> Tensor:
+    return _over_experts(out.cls_logits, out, 0.0, config.sup_reduction)
+
+
+def _supervision(out: TaskOutputs, config: LossConfig) -> Tensor:
+    return _over_experts(out.cls_logits, out, config.tau, config.sup_reduction)
+
+
+def _reference(out: TaskOutputs, config: LossConfig) -> Tensor:
+    return _over_experts(out.ref_logits, out, config.tau, config.sup_reduction)
+
+
+def _unweighted(out: TaskOutputs, config: LossConfig) -> Tensor:
+    return losses.logit_distillation(out.cls_logits, None, config.temperature)
+
+
+def _balanced(out: TaskOutputs, config: LossConfig) -> Tensor:
+    weights = losses.transfer_weights(out.ref_logits, out.cls_logits, out.labels)
+    return losses.logit_distillation(out.cls_logits, weights, config.temperature)
+
+
+def _shuffled(out: TaskOutputs, config: LossConfig) -> Tensor:
+    weights = losses.transfer_weights(out.ref_logits, out.cls_logits, out.labels)
+    weights = weights[:, torch.randperm(weights.shape[1], device=weights.device)]
+    return losses.logit_distillation(out.cls_logits, weights, config.temperature)
+
+
+def _inverted(out: TaskOutputs, config: LossConfig) -> Tensor:
+    weights = losses.transfer_weights(out.cls_logits, out.ref_logits, out.labels)
+    return losses.logit_distillation(out.cls_logits, weights, config.temperature)
+
+
+def _balanced_detached(out: TaskOutputs, config: LossConfig) -> Tensor:
+    weights = losses.transfer_weights(out.ref_logits, out.cls_logits, out.labels)
+    return losses.logit_distillation(out.cls_logits, weights, config.temperature, detach_teacher=True)
+
+
+def _feature(out: TaskOutputs, config: LossConfig) -> Tensor:
+    return losses.feature_distillation(out.features, config.temperature)
+
+
+def _feature_detached(out: TaskOutputs, config: LossConfig) -> Tensor:
+    return losses.feature_distillation(out.features, config.temperature, detach_teacher=True)
+
+
+def _contrastive(out: TaskOutputs, config: LossConfig) -> Tensor:
+    """Summed over experts, as printed in Eq. 9."""
+    experts = zip(out.queries, out.keys, out.queues, strict=True)
+    return sum(losses.info_nce(query, key, queue, config.contrast_temperature) for query, key, queue in experts)
+
+
+def _hard(out: TaskOutputs) -> Tensor:
+    """NCL mines the hard classes by its first expert."""
+    return losses.hard_categories(out.cls_logits[0], out.labels, max(1, int(HARD_FRACTION * out.cls_logits.shape[-1])))
+
+
+def _nested_supervision(out: TaskOutputs, config: LossConfig) -> Tensor:  # noqa: ARG001
+    return losses.nested_cross_entropy(out.cls_logits, out.labels, out.log_class_counts, _hard(out))
+
+
+def _nested_distillation(out: TaskOutputs, config: LossConfig) -> Tensor:  # noqa: ARG001
+    return losses.nested_distillation(out.cls_logits, out.log_class_counts, _hard(out))
+
+
+_REFERENCE = frozenset({"reference"})
+_MOMENTUM = frozenset({"momentum"})
+
+PLAIN = Term("supervision", _plain)
+SUPERVISION = Term("supervision", _supervision)
+REFERENCE = Term("reference", _reference, needs=_REFERENCE)
+UNWEIGHTED = Term("logit", _unweighted, "alpha_logit")
+BALANCED = Term("logit", _balanced, "alpha_logit", _REFERENCE)
+SHUFFLED = Term("logit", _shuffled, "alpha_logit", _REFERENCE)
+INVERTED = Term("logit", _inverted, "alpha_logit", _REFERENCE)
+BALANCED_DETACHED = Term("logit", _balanced_detached, "alpha_logit", _REFERENCE)
+FEATURE = Term("feature", _feature, "alpha_feature")
+FEATURE_DETACHED = Term("feature", _feature_detached, "alpha_feature")
+CONTRASTIVE = Term("contrastive", _contrastive, "beta", _MOMENTUM)
+NESTED_SUPERVISION = Term("supervision", _nested_supervision)
+NESTED_DISTILLATION = Term("logit", _nested_distillation, "alpha_logit")
+
+METHODS: dict[str, Method] = {
+    # Single networks
+    "ce": Method((PLAIN,), max_experts=1, logit_prior="train"),
+    "bc": Method((SUPERVISION,), max_experts=1),
+    # Table III, top to bottom: K independent experts, then balanced knowledge transfer (bkt), feature level
+    # distillation (fld) and the contrastive proxy task (cpt)
+    "bc_ensemble": Method((SUPERVISION,)),
+    "bkt": Method((SUPERVISION, REFERENCE, BALANCED)),
+    "fld": Method((SUPERVISION, FEATURE)),
+    "cpt": Method((SUPERVISION, CONTRASTIVE)),
+    "bkt_cpt": Method((SUPERVISION, REFERENCE, BALANCED, CONTRASTIVE)),
+    "fld_cpt": Method((SUPERVISION, FEATURE, CONTRASTIVE)),
+    "ecl": Method((SUPERVISION, REFERENCE, BALANCED, FEATURE, CONTRASTIVE)),
+    # NCL as published, with its contrastive branch
+    "ncl": Method((NESTED_SUPERVISION, NESTED_DISTILLATION, CONTRASTIVE)),
+    # Controls
+    "kd": Method((SUPERVISION, UNWEIGHTED)),
+    "reference_only": Method((SUPERVISION, REFERENCE)),
+    "ecl_unweighted": Method((SUPERVISION, REFERENCE, UNWEIGHTED, FEATURE, CONTRASTIVE)),
+    "ecl_shuffled": Method((SUPERVISION, REFERENCE, SHUFFLED, FEATURE, CONTRASTIVE)),
+    "ecl_inverted": Method((SUPERVISION, REFERENCE, INVERTED, FEATURE, CONTRASTIVE)),
+    "ecl_detached": Method((SUPERVISION, REFERENCE, BALANCED_DETACHED, FEATURE_DETACHED, CONTRASTIVE)),
+}

@@ -1,0 +1,54 @@
+"""The momentum branch of the contrastive proxy task (Sec. V-C): key encoders and queues, in the manner of MoCo v2."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ecl_hf.losses import full_precision
+
+
+class MomentumEncoder(nn.Module):
+    """Moving average of an encoder with its projector: [B, 3, H, W] -> L2-normalised keys [B, P].
+
+    It starts as a copy of both. BatchNorm keeps running statistics of its own, from the key view's batches.
+    """
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module) -> None:
+        super().__init__()
+        self.encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.projector = copy.deepcopy(projector).requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Keys without gradient."""
+        return F.normalize(*full_precision(self.projector(self.encoder(pixel_values))), dim=-1)
+
+    @torch.no_grad()
+    def follow(self, encoder: nn.Module, projector: nn.Module, momentum: float) -> None:
+        """Move every parameter to `momentum * key + (1 - momentum) * query`."""
+        keys = [*self.encoder.parameters(), *self.projector.parameters()]
+        queries = [*encoder.parameters(), *projector.parameters()]
+        torch._foreach_lerp_(keys, queries, 1.0 - momentum)
+
+
+class KeyQueue(nn.Module):
+    """Ring of the newest keys of each of K experts; takes batches of any size and is part of the saved state."""
+
+    def __init__(self, num_experts: int, size: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("keys", F.normalize(torch.randn(num_experts, size, dim), dim=-1))
+        self.register_buffer("cursor", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        """Replace the oldest keys.
+
+        Args:
+            keys: keys of all processes in the order of their images, [B, K, P].
+        """
+        size = self.keys.shape[1]
+        slots = (self.cursor + torch.arange(len(keys), device=keys.device)) % size
+        self.keys[:, slots[-size:]] = keys[-size:].transpose(0, 1).to(self.keys.dtype)
+        self.cursor.copy_((self.cursor + len(keys)) % size)

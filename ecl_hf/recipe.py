@@ -1,0 +1,165 @@
+"""A training run as one typed value. Files in `training/recipes` fill it; flags of `training/train.py` override them."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+__all__ = ["DataConfig", "LossConfig", "ModelConfig", "OptimConfig", "Recipe", "TrainConfig"]
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Pictures, and the long-tailed split made of them."""
+
+    source: str = "uoft-cs/cifar100"
+    """Data set: a Hub repository, or "digits" (scikit-learn's handwritten digits, no download)."""
+    path: str | None = None
+    """Local directory with the data set (parquet files named train-*, test-*, or an image folder); instead of `source`."""
+    image_column: str | None = None
+    """Column with the pictures; found by its type when not given."""
+    label_column: str | None = None
+    """Column with the class labels; found by its type when there is just one, else needed."""
+    train_split: str = "train"
+    """Name of the split to train on."""
+    test_split: str = "test"
+    """Name of the split to test on."""
+    profile: Literal["exponential", "pareto", "as_is"] = "exponential"
+    """How the class counts fall: `exponential` (CIFAR-LT), `pareto` (ImageNet-LT), or `as_is`: the data are long-tailed."""
+    imbalance_factor: float = 100.0
+    """Largest class count over the smallest (gamma); not used by `as_is`."""
+    max_count: int | None = None
+    """Images of the largest class; the smallest class size of the full train split when not given."""
+    split_seed: int = 0
+    """Seed that chooses the images of the long-tailed split; 0 is the published protocol."""
+    augmentation: Literal["cifar", "imagenet"] = "cifar"
+    """Supervised view: `cifar` (crop, CIFAR-10 AutoAugment policy, Cutout) or `imagenet` (resized crop, jitter, RandAugment)."""
+    horizontal_flip: bool = True
+    """Whether a mirrored picture keeps its class; false for digits, text, left-right asymmetric defects."""
+    num_workers: int = 0
+    """Data-loading processes of each training process."""
+
+    def __post_init__(self) -> None:
+        _require(self.imbalance_factor >= 1, f"data.imbalance_factor must be at least 1, got {self.imbalance_factor}")
+        _require(self.max_count is None or self.max_count >= 1, f"data.max_count must be at least 1, got {self.max_count}")
+        _require(self.num_workers >= 0, f"data.num_workers must not be negative, got {self.num_workers}")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The experts."""
+
+    architecture: str = "resnet32_cifar"
+    """timm name of every expert's encoder."""
+    pretrained: bool | str = False
+    """Weights that every encoder starts from: true (timm's own for this architecture), a local file, or a Hub repository."""
+    num_experts: int = 3
+    """Number of experts K; methods that are defined for one expert train one."""
+    classifier: Literal["linear", "cosine"] = "linear"
+    """Kind of the classification heads."""
+    classifier_scale: float = 16.0
+    """Scale of the cosine classifier; not used by the linear one."""
+    image_size: int | None = None
+    """Side of the square input in pixels; the architecture's own when not given."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_experts >= 1, f"model.num_experts must be at least 1, got {self.num_experts}")
+        _require(self.image_size is None or self.image_size >= 8, f"model.image_size must be at least 8, got {self.image_size}")
+
+
+@dataclass(kw_only=True)
+class LossConfig:
+    """Weights and constants of the loss terms (Eq. 3 to 11)."""
+
+    sup_reduction: Literal["mean", "sum"] = "mean"
+    """Reduction of the supervision over experts (Eq. 10): `mean` as printed, `sum` keeps each expert's gradient whole."""
+    alpha_logit: float = 0.6
+    """Weight of the logit distillation (Eq. 11)."""
+    alpha_feature: float = 0.6
+    """Weight of the feature distillation (Eq. 11)."""
+    beta: float = 1.0
+    """Weight of the contrastive proxy task (Eq. 11)."""
+    tau: float = 1.0
+    """Strength of the class prior in the balanced cross-entropy (Eq. 3)."""
+    temperature: float = 1.0
+    """Temperature of both distillations (Eq. 7 and 8)."""
+    contrast_temperature: float = 0.2
+    """Temperature of the contrastive loss (Eq. 9)."""
+    key_momentum: float = 0.999
+    """Momentum of the key encoders' moving average, once per optimiser step."""
+    queue_size: int = 1024
+    """Keys in each expert's queue of negatives."""
+    projection_dim: int = 64
+    """Width of the contrastive projections."""
+
+    def __post_init__(self) -> None:
+        for name in ("alpha_logit", "alpha_feature", "beta", "tau"):
+            _require(getattr(self, name) >= 0, f"loss.{name} must not be negative, got {getattr(self, name)}")
+        for name in ("temperature", "contrast_temperature", "queue_size", "projection_dim"):
+            _require(getattr(self, name) > 0, f"loss.{name} must be positive, got {getattr(self, name)}")
+        _require(0 <= self.key_momentum <= 1, f"loss.key_momentum must lie in 0..1, got {self.key_momentum}")
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """SGD with a cosine schedule to zero."""
+
+    lr: float = 0.01
+    """Learning rate at the start, for the global batch."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 0.005
+    """Weight decay of all parameters."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
+        _require(0 <= self.momentum < 1, f"optim.momentum must lie in [0, 1), got {self.momentum}")
+        _require(self.weight_decay >= 0, f"optim.weight_decay must not be negative, got {self.weight_decay}")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """How the run is carried out; none of it is meant to change the result."""
+
+    gradient_accumulation_steps: int = 1
+    """Micro-batches of one optimiser step; `batch_size` counts all of them."""
+    compile: bool = False
+    """Compile the task's forward with `torch.compile`."""
+    checkpoint_every: int = 10
+    """Epochs between checkpoints for `--resume`; one is also written at the end."""
+    keep_last: int = 2
+    """Checkpoints to keep."""
+    max_steps: int | None = None
+    """Stop after this many optimiser steps with a checkpoint; the schedule stays that of all epochs."""
+
+    def __post_init__(self) -> None:
+        for name in ("gradient_accumulation_steps", "checkpoint_every", "keep_last"):
+            _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
+        _require(self.max_steps is None or self.max_steps >= 1, f"train.max_steps must be at least 1, got {self.max_steps}")
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """One training run; the defaults are the paper's for CIFAR-100-LT (Sec. VI-C)."""
+
+    method: str = "ecl"
+    """What to train: a name in `ecl_hf.methods.METHODS`."""
+    seed: int = 0
+    """Seed of initialisation, sample order and augmentation."""
+    epochs: int = 200
+    """Passes over the long-tailed training split."""
+    batch_size: int = 64
+    """Images of one optimiser step over all processes."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        _require(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
+        _require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
