@@ -1,0 +1,255 @@
+"""From a data set on the Hub or on disk to long-tailed training batches and balanced test batches.
+
+Random augmentation depends on (seed, epoch, picture) alone: the same with any number of workers and processes, and after
+an interruption.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from ecl_hf.longtail import exponential_counts, longtail_indices, pareto_counts
+from ecl_hf.recipe import DataConfig
+from ecl_hf.views import View
+
+
+@dataclass(frozen=True)
+class LongTailedData:
+    """A long-tailed training split and its test split, as columns `image` and `label`.
+
+    Attributes:
+        train: the pictures that the protocol keeps, in source order.
+        test: all pictures of the test split.
+        class_counts: training images of each class, [C].
+        class_names: in label order, [C].
+    """
+
+    train: datasets.Dataset
+    test: datasets.Dataset
+    class_counts: list[int]
+    class_names: list[str]
+
+
+def load_longtailed(config: DataConfig) -> LongTailedData:
+    """Load a data set, check it, and cut its training split to the long-tailed profile.
+
+    Raises:
+        FileNotFoundError: the path does not exist or holds no data set.
+        ValueError: a split or column is missing or ambiguous, a label lies outside the classes, or a class has too few
+            images for the profile; the message names it.
+    """
+    name = config.path or config.source
+    splits = _digits() if name == "digits" else _load_splits(config, name)
+    image_column, label_column = _columns(splits["train"], config, name)
+    train, test = (split.select_columns([image_column, label_column]) for split in splits.values())
+    train, test = (s.rename_columns({image_column: "image", label_column: "label"}) for s in (train, test))
+
+    labels = np.asarray(train["label"][:])
+    class_names = _class_names(train, np.concatenate([labels, np.asarray(test["label"][:])]))
+    for split_name, split in ((config.train_split, train), (config.test_split, test)):
+        _check_labels(np.asarray(split["label"][:]), class_names, f"{name}, split {split_name}, column {label_column}")
+    available = np.bincount(labels, minlength=len(class_names))
+    if empty := [class_names[c] for c in np.flatnonzero(available == 0)]:
+        raise ValueError(f"{name} has no training image of {len(empty)} classes: {', '.join(empty[:10])}")
+    counts = _class_counts(config, available)
+    if config.profile != "as_is":
+        if short := [c for c in range(len(counts)) if available[c] < counts[c]]:
+            worst = ", ".join(f"{class_names[c]} ({available[c]} of {counts[c]})" for c in short[:10])
+            raise ValueError(f"{name} has too few images of {len(short)} classes: {worst}; lower data.max_count")
+        train = train.select(np.sort(longtail_indices(labels, counts, config.split_seed)))
+    return LongTailedData(train, test, counts, class_names)
+
+
+def _class_counts(config: DataConfig, available: np.ndarray) -> list[int]:
+    max_count = config.max_count or int(available.min())
+    if config.profile == "exponential":
+        return exponential_counts(len(available), max_count, config.imbalance_factor)
+    if config.profile == "pareto":
+        return pareto_counts(len(available), max_count, max(1, round(max_count / config.imbalance_factor)))
+    return available.tolist()
+
+
+def _load_splits(config: DataConfig, name: str) -> dict[str, datasets.Dataset]:
+    if config.path is not None:
+        if not Path(config.path).is_dir():
+            raise FileNotFoundError(f"data.path {config.path} is not a directory")
+        if not any(Path(config.path).iterdir()):
+            raise FileNotFoundError(f"data.path {config.path} is empty")
+    try:
+        loaded = datasets.load_dataset(name)
+    except (datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DataFilesNotFoundError, ConnectionError) as e:
+        raise FileNotFoundError(f"can't load the data set {name}: {e}") from e
+    for field, split in (("train_split", config.train_split), ("test_split", config.test_split)):
+        if split not in loaded:
+            raise ValueError(f"{name} has no split {split!r} (data.{field}); it has {', '.join(loaded)}")
+    return {"train": loaded[config.train_split], "test": loaded[config.test_split]}
+
+
+def _digits() -> dict[str, datasets.Dataset]:
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; 40 of each class, chosen once, are the test split."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as e:
+        raise ValueError("the digits need scikit-learn: pip install 'ecl-hf[digits]'") from e
+    digits = load_digits()
+    pictures = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    test = np.sort(longtail_indices(digits.target, [40] * 10))
+    train = np.setdiff1d(np.arange(len(pictures)), test)
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(c) for c in range(10)])}
+    )
+    return {
+        name: datasets.Dataset.from_dict({"image": list(pictures[rows]), "label": digits.target[rows]}, features)
+        for name, rows in (("train", train), ("test", test))
+    }
+
+
+def _columns(dataset: datasets.Dataset, config: DataConfig, name: str) -> tuple[str, str]:
+    """Names of the image and label columns: as configured, else by their types."""
+    features = dataset.features
+
+    def choose(configured: str | None, kind: type, what: str) -> str:
+        if configured is not None:
+            if configured not in features:
+                raise ValueError(f"{name} has no column {configured!r} ({what}); it has {', '.join(features)}")
+            return configured
+        found = [column for column, feature in features.items() if isinstance(feature, kind)]
+        if len(found) != 1:
+            seen = ", ".join(found) or "none"
+            raise ValueError(f"{name}: set {what}; columns that could be it: {seen}; all: {', '.join(features)}")
+        return found[0]
+
+    image = choose(config.image_column, datasets.Image, "data.image_column")
+    label = choose(config.label_column, datasets.ClassLabel, "data.label_column")
+    if not isinstance(features[image], datasets.Image):
+        raise ValueError(f"column {image!r} of {name} (data.image_column) holds {features[image]}, not images")
+    feature = features[label]
+    integer = isinstance(feature, datasets.Value) and "int" in feature.dtype
+    if not isinstance(feature, datasets.ClassLabel) and not integer:
+        raise ValueError(f"column {label!r} of {name} (data.label_column) holds {feature}, not class labels")
+    return image, label
+
+
+def _class_names(dataset: datasets.Dataset, labels: np.ndarray) -> list[str]:
+    feature = dataset.features["label"]
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names)
+    return [str(c) for c in range(int(labels.max()) + 1)]
+
+
+def _check_labels(labels: np.ndarray, class_names: list[str], where: str) -> None:
+    if not len(labels):
+        raise ValueError(f"{where}: no images")
+    wrong = np.flatnonzero([label is None or not 0 <= label < len(class_names) for label in labels.tolist()])
+    if len(wrong):
+        row = wrong[0]
+        raise ValueError(
+            f"{where}: row {row} has label {labels[row]}, outside 0..{len(class_names) - 1} ({len(wrong)} such rows)"
+        )
+
+
+class ViewDataset(torch.utils.data.Dataset):
+    """Pictures through one or more views.
+
+    Args:
+        dataset: columns `image` and `label`.
+        views: output name -> view; all views of a picture are drawn one after the other.
+        seed: of the random augmentation, together with the epoch and the picture's position.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, views: dict[str, View], seed: int = 0) -> None:
+        self.dataset = dataset
+        self.views = views
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """A batch at once, which the Arrow table reads faster; global random generators are left as they were."""
+        rows = self.dataset[list(indices)]
+        python_state, numpy_state = random.getstate(), np.random.get_state()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                return [
+                    self._item(index, image.convert("RGB"), label)
+                    for index, image, label in zip(indices, rows["image"], rows["label"], strict=True)
+                ]
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+    def _item(self, index: int, image: Any, label: int) -> dict[str, Any]:
+        seed = int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0])
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        return {name: view(image) for name, view in self.views.items()} | {"labels": label}
+
+
+class EpochSampler(Sampler[int]):
+    """A permutation that depends on (seed, epoch) alone."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length = length
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the permutation."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        yield from np.random.default_rng([self.seed, self.epoch]).permutation(self.length).tolist()
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Stack a batch; images in channels-last memory order."""
+    batch = {}
+    for name in items[0]:
+        if name == "labels":
+            batch[name] = torch.tensor([item[name] for item in items])
+        else:
+            batch[name] = torch.stack([item[name] for item in items]).contiguous(memory_format=torch.channels_last)
+    return batch
+
+
+def train_loader(dataset: ViewDataset, batch_size: int, num_workers: int = 0) -> DataLoader:
+    """Shuffled full batches; `set_epoch` of its sampler and the data set's `epoch` choose the epoch."""
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=EpochSampler(len(dataset), dataset.seed),
+        drop_last=True,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(dataset.seed),  # else each epoch draws from the global generator
+    )
+
+
+def test_loader(dataset: datasets.Dataset, view: Callable, batch_size: int, num_workers: int = 0) -> DataLoader:
+    """All pictures in order."""
+    return DataLoader(
+        ViewDataset(dataset, {"pixel_values": view}),
+        batch_size,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),
+    )

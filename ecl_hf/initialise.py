@@ -1,0 +1,96 @@
+"""A fresh ensemble for training: random or pretrained encoders, randomly initialised heads."""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from ecl_hf.backbones import create_encoder
+from ecl_hf.configuration_ecl import ECLConfig
+from ecl_hf.methods import Method
+from ecl_hf.modeling_ecl import DATA_KEYS, ECLForImageClassification
+from ecl_hf.recipe import ModelConfig
+
+
+def initialise_model(
+    config: ModelConfig, method: Method, class_counts: list[int], class_names: list[str]
+) -> ECLForImageClassification:
+    """Build the ensemble that a method trains.
+
+    Args:
+        config: the recipe's model section.
+        method: bounds the number of experts and says which prior the logits will carry.
+        class_counts: training images of each class, [C].
+        class_names: [C].
+
+    Raises:
+        ValueError: an unknown architecture, or pretrained weights that don't fit it.
+        FileNotFoundError: no such file of pretrained weights.
+    """
+    model_args, data_config, state = _encoder_settings(config)
+    model = ECLForImageClassification(
+        ECLConfig(
+            architecture=config.architecture,
+            num_experts=min(config.num_experts, method.max_experts or config.num_experts),
+            classifier=config.classifier,
+            classifier_scale=config.classifier_scale,
+            class_counts=class_counts,
+            logit_prior=method.logit_prior,
+            model_args=model_args or None,
+            pretrained_cfg=data_config,
+            id2label=dict(enumerate(class_names)),
+            label2id={name: c for c, name in enumerate(class_names)},
+        )
+    )
+    if state is not None:
+        for expert in model.experts:
+            expert.backbone.load_state_dict(state)
+    return model
+
+
+def _encoder_settings(config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str, torch.Tensor] | None]:
+    """Arguments for timm, data configuration, and pretrained weights or None."""
+    own = create_encoder(config.architecture).pretrained_cfg
+    model_args = {}
+    if config.image_size is not None and own.get("fixed_input_size"):
+        model_args["img_size"] = config.image_size
+    if config.pretrained:
+        own, state = _pretrained(config.architecture, config.pretrained, model_args)
+    else:
+        state = None
+    data_config = {key: own[key] for key in DATA_KEYS if own.get(key) is not None}
+    if config.image_size is not None:
+        data_config["input_size"] = (data_config["input_size"][0], config.image_size, config.image_size)
+    return model_args, data_config, state
+
+
+def _pretrained(
+    architecture: str, source: bool | str, model_args: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Data configuration and encoder weights from timm (true), a local file, or a Hub repository of timm's format."""
+    name, overlay = architecture, None
+    if isinstance(source, str):
+        if Path(source).is_file():
+            overlay = {"file": source}
+        elif Path(source).suffix in (".safetensors", ".pth", ".pt", ".bin"):
+            raise FileNotFoundError(f"model.pretrained {source} is not a file")
+        else:
+            name = f"hf-hub:{source}"
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            encoder = timm.create_model(
+                name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay, **model_args
+            )
+            torch.manual_seed(0)
+            untouched = create_encoder(architecture, **model_args).state_dict()
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"model.pretrained={source} can't be loaded into {architecture}: {error}") from error
+    state = encoder.state_dict()
+    if state.keys() != untouched.keys():
+        raise ValueError(f"model.pretrained={source} holds {encoder.pretrained_cfg['architecture']}, not {architecture}")
+    # timm loads what fits and only logs the rest: a weight that still has its initial value was not in the file.
+    if left := [key for key, value in state.items() if value.ndim > 1 and torch.equal(value, untouched[key])]:
+        raise ValueError(f"model.pretrained={source} has no weights for {len(left)} tensors of {architecture}: {left[0]}")
+    return encoder.pretrained_cfg, state

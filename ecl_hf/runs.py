@@ -1,0 +1,187 @@
+"""The run folder: the evidence of a run, read by everything that comes later.
+
+    recipe.yaml      the resolved recipe         metrics.jsonl   a line per epoch
+    model/           the published model         results.json    test metrics of the last epoch
+    checkpoints/     resumable state
+"""
+
+import json
+import os
+import platform
+import shutil
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+from ecl_hf.modeling_ecl import ECLForImageClassification
+from ecl_hf.recipe import Recipe
+
+FREE_TO_CHANGE = ("train.max_steps", "train.checkpoint_every", "train.keep_last", "data.path", "data.num_workers")
+"""Recipe keys that may differ when a run is continued."""
+
+PACKAGES = ("ecl-hf", "torch", "torchvision", "timm", "transformers", "datasets", "accelerate")
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        epoch: the running epoch, from 0.
+        batch: micro-batches of it that are done.
+        step: optimiser steps of the whole run.
+        seconds: training time of the running epoch.
+        total_seconds: training time of the epochs before it.
+        sums: loss terms summed over the running epoch's micro-batches.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    total_seconds: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def line(self, lr: float, images_per_batch: int) -> dict[str, float]:
+        """The epoch's entry in `metrics.jsonl`; epochs count from 1 there."""
+        means = {name: value / self.batch for name, value in self.sums.items()}
+        speed = {"images_per_second": self.batch * images_per_batch / self.seconds, "lr": lr}
+        return {"epoch": self.epoch + 1, "step": self.step, **means, **speed}
+
+    def next_epoch(self) -> "Progress":
+        """The start of the epoch after this one."""
+        return Progress(epoch=self.epoch + 1, step=self.step, total_seconds=self.total_seconds + self.seconds)
+
+
+class RunFolder:
+    """Paths and files of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.recipe_file = self.path / "recipe.yaml"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.results_file = self.path / "results.json"
+        self.model = self.path / "model"
+        self.checkpoints = self.path / "checkpoints"
+
+    def check(self, recipe: Recipe, resume: bool) -> None:
+        """See that the run can begin here, or with `resume` that it can go on.
+
+        Raises:
+            FileExistsError: the folder is in use, or is no folder.
+            ValueError: the run was begun with another recipe; the message names the keys.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise FileExistsError(f"output_dir {self.path} is not a directory")
+        if self.recipe_file.exists():
+            if not resume:
+                raise FileExistsError(f"output_dir {self.path} holds a run already; continue it with --resume")
+            self._compare(recipe)
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise FileExistsError(f"output_dir {self.path} is not empty and holds no run; choose another")
+
+    def open(self, recipe: Recipe) -> None:
+        """Make the folder and write the recipe; an OSError says that it can't be written."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.recipe_file, yaml.safe_dump(asdict(recipe), sort_keys=False))
+
+    def _compare(self, recipe: Recipe) -> None:
+        old, new = flatten(yaml.safe_load(self.recipe_file.read_text())), flatten(asdict(recipe))
+        changed = [
+            f"{key}: {old.get(key)} -> {new.get(key)}"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key) and key not in FREE_TO_CHANGE
+        ]
+        if changed:
+            raise ValueError(f"{self.path} was begun with another recipe, can't resume: {'; '.join(changed)}")
+
+    def partial_checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of an optimiser step is written before it counts."""
+        return self.checkpoints / f".step_{step:08d}.partial"
+
+    def publish_checkpoint(self, progress: Progress, keep_last: int) -> None:
+        """Make a completely written checkpoint count, and delete old ones."""
+        partial = self.partial_checkpoint(progress.step)
+        (partial / "progress.json").write_text(json.dumps(asdict(progress)))
+        target = self.checkpoints / f"step_{progress.step:08d}"
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        for old in sorted(self.checkpoints.glob("step_*"))[:-keep_last]:
+            shutil.rmtree(old)
+
+    @staticmethod
+    def read_progress(checkpoint: Path) -> Progress:
+        """How far a checkpoint's run had come."""
+        return Progress(**json.loads((checkpoint / "progress.json").read_text()))
+
+    def newest_checkpoint(self) -> Path | None:
+        """The checkpoint to resume from."""
+        return max(self.checkpoints.glob("step_*"), default=None)
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Append an epoch to `metrics.jsonl`; lines of the same or later epochs, from before a resume, go."""
+        lines = self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []
+        kept = [old for old in lines if json.loads(old)["epoch"] < line["epoch"]]
+        write_atomically(self.metrics_file, "\n".join([*kept, json.dumps(line)]) + "\n")
+
+
+    def finish(self, model: ECLForImageClassification, results: dict[str, Any]) -> None:
+        """Write the model, then the results."""
+        partial = self.path / ".model.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        shutil.rmtree(self.model, ignore_errors=True)
+        partial.rename(self.model)
+        write_atomically(self.results_file, json.dumps(results, indent=1) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old or the new content, never a part."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one with dotted keys."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def describe_environment(num_processes: int, device: torch.device) -> dict[str, Any]:
+    """Versions and machine of a run."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "machine": {
+            "platform": platform.platform(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "cpu_cores": os.cpu_count(),
+            "threads_per_process": torch.get_num_threads(),
+            "processes": num_processes,
+        },
+    }
+
+
+@torch.no_grad()
+def describe_model(model: ECLForImageClassification) -> dict[str, int]:
+    """Parameters and multiply-accumulate operations per image, of the ensemble and of one expert."""
+    model.eval()
+    image = torch.zeros(1, *model.config.pretrained_cfg["input_size"], device=model.device, dtype=model.dtype)
+    with FlopCounterMode(display=False) as counter:
+        model(image)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    macs = counter.get_total_flops() // 2
+    experts = len(model.experts)
+    return {
+        "parameters": parameters,
+        "parameters_per_expert": parameters // experts,
+        "macs": macs,
+        "macs_per_expert": macs // experts,
+    }

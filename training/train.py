@@ -1,0 +1,220 @@
+"""Train an ensemble on a long-tailed split; the method is in the recipe.
+
+    python training/train.py --recipe training/recipes/quickstart.yaml --output_dir runs/quickstart
+    accelerate launch training/train.py --recipe training/recipes/cifar100_lt.yaml --output_dir runs/c100 --seed 1
+    accelerate launch training/train.py --recipe training/recipes/cifar100_lt.yaml --output_dir runs/c100 --resume
+    ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 training/train.py --recipe ... --output_dir ...
+
+Mixed precision and devices are Accelerate's own flags (`accelerate launch --mixed_precision bf16 ...`).
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from accelerate import Accelerator, DistributedDataParallelKwargs, skip_first_batches
+from accelerate.utils import set_seed
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from timm.utils import distribute_bn
+from tqdm import tqdm
+
+from ecl_hf.collaborative import CollaborativeTask
+from ecl_hf.data import ViewDataset, load_longtailed, test_loader, train_loader
+from ecl_hf.evaluation import format_table, predict, summarise
+from ecl_hf.initialise import initialise_model
+from ecl_hf.methods import METHODS
+from ecl_hf.recipe import Recipe
+from ecl_hf.metrics import shot_groups
+from ecl_hf.runs import Progress, RunFolder, describe_environment, describe_model, flatten
+from ecl_hf.views import contrastive_view, evaluation_view, supervised_view
+
+
+def parse(argv: Sequence[str] | None) -> tuple[Recipe, Namespace]:
+    """Read recipe file and flags; an unknown key or a wrong type ends the program with its name."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="train.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--recipe", action="config", help="YAML file; flags after it override it")
+    parser.add_class_arguments(Recipe)
+    parser.add_argument("--output_dir", type=Path, required=True, help="Run folder to write")
+    parser.add_argument("--resume", action="store_true", help="Continue the run in output_dir, if there is one")
+    parser.add_argument("--report_to", type=list[str], default=[], help="Trackers: tensorboard, trackio, ...")
+    args = parser.parse_args(argv)
+    given = parser.instantiate(args)
+    recipe = Recipe(**{name: getattr(given, name) for name in Recipe.__dataclass_fields__})
+    return recipe, args
+
+
+def report(run: RunFolder) -> str:
+    """The short table of a finished run, and where things are."""
+    results = json.loads(run.results_file.read_text())
+    groups = ", ".join(f"{name} {count}" for name, count in results["shot_groups"].items())
+    lines = [f"top-1 of the shot groups and calibration error on the test split, in % (classes: {groups})"]
+    lines.append(format_table(results["test"]["plain"]))
+    if results["recipe"]["data"]["horizontal_flip"]:
+        lines += ["with test-time horizontal flip", format_table(results["test"]["flip"])]
+    lines += [f"{run.results_file}: all numbers", f"{run.model}: the model, for from_pretrained and pipeline"]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Train, evaluate the last epoch and write the run folder, whose path is returned."""
+    recipe, args = parse(argv)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    accumulation = recipe.train.gradient_accumulation_steps
+    accelerator = Accelerator(
+        gradient_accumulation_steps=accumulation,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        log_with=args.report_to or None,
+        project_dir=args.output_dir,
+    )
+    processes = accelerator.num_processes
+    say = tqdm.write if accelerator.is_main_process else (lambda _: None)
+
+    # Everything that the user may have got wrong is found here, before anything is trained.
+    run = RunFolder(args.output_dir)
+    try:
+        if (launched := int(os.environ.get("WORLD_SIZE", 1))) != processes:
+            raise ValueError(f"{launched} processes were launched, but each trains alone: set ACCELERATE_USE_CPU=true")
+        if recipe.method not in METHODS:
+            raise ValueError(f"unknown method {recipe.method!r}; choose from {', '.join(METHODS)}")
+        if recipe.batch_size % (processes * accumulation):
+            raise ValueError(
+                f"batch_size {recipe.batch_size} is no multiple of {processes} processes x {accumulation} micro-batches"
+            )
+        run.check(recipe, args.resume)
+        with accelerator.main_process_first():
+            data = load_longtailed(recipe.data)
+        if recipe.batch_size > len(data.train):
+            raise ValueError(f"batch_size {recipe.batch_size} exceeds the training split of {len(data.train)} images")
+        set_seed(recipe.seed)
+        method = METHODS[recipe.method]
+        model = initialise_model(recipe.model, method, data.class_counts, data.class_names)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            run.open(recipe)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    if args.resume and run.results_file.exists() and json.loads(run.results_file.read_text())["finished"]:
+        say(f"{run.path} is finished already\n{report(run)}")
+        return run.path
+
+    view_config = model.config.pretrained_cfg
+    views = {"pixel_values": supervised_view(view_config, recipe.data.augmentation, recipe.data.horizontal_flip)}
+    if "momentum" in method.needs:
+        views["contrast_pixel_values"] = contrastive_view(view_config, recipe.data.horizontal_flip)
+    train_set = ViewDataset(data.train, views, recipe.seed)
+    loader = train_loader(train_set, recipe.batch_size // (processes * accumulation), recipe.data.num_workers)
+    test = test_loader(data.test, evaluation_view(view_config), 256, recipe.data.num_workers)
+    task = CollaborativeTask(model, method, recipe.loss).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD((p for p in task.parameters() if p.requires_grad), foreach=True, **asdict(recipe.optim))
+    set_seed(recipe.seed, device_specific=True)
+    if recipe.train.compile:
+        task.compile()
+    task, optimizer, loader, test = accelerator.prepare(task, optimizer, loader, test)
+    plain = accelerator.unwrap_model(task)
+
+    total_steps = recipe.epochs * math.ceil(len(loader) / accumulation)
+    last_step = min(total_steps, recipe.train.max_steps or total_steps)
+    # Accelerate would move a prepared schedule once per process.
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer.optimizer, T_max=total_steps)
+    accelerator.register_for_checkpointing(scheduler)
+    accelerator.init_trackers("ecl_hf", {key: str(value) for key, value in flatten(asdict(recipe)).items()})
+    progress = Progress()
+    if args.resume and (checkpoint := run.newest_checkpoint()):
+        accelerator.load_state(checkpoint)
+        progress = run.read_progress(checkpoint)
+        say(f"continuing after step {progress.step}")
+    say(
+        f"{recipe.method}: {len(plain.model.experts)} x {recipe.model.architecture}, {len(data.train)} training images, "
+        f"{len(data.class_names)} classes of {max(data.class_counts)} to {min(data.class_counts)} images, "
+        f"{processes} process{'es' if processes > 1 else ''} on {accelerator.device.type}"
+    )
+
+    bar = tqdm(total=last_step, initial=progress.step, unit="step", disable=not accelerator.is_main_process)
+    task.train()
+    while progress.step < last_step:
+        train_set.epoch = progress.epoch
+        batches = skip_first_batches(loader, progress.batch)
+        batches.set_epoch(progress.epoch)
+        sums = {name: torch.tensor(value, device=accelerator.device) for name, value in progress.sums.items()}
+        started = time.perf_counter()
+        for batch in batches:
+            with accelerator.accumulate(task):
+                out = task(**batch)
+                if not out["loss"].isfinite():
+                    terms = {name: value.item() for name, value in out["terms"].items()}
+                    raise FloatingPointError(f"the loss is not finite in step {progress.step + 1}: {terms}")
+                accelerator.backward(out["loss"])
+                optimizer.step()
+                optimizer.zero_grad()
+            if out["keys"] is not None:
+                plain.enqueue(accelerator.gather(out["keys"]))
+            for name, value in {"loss": out["loss"].detach(), **out["terms"]}.items():
+                sums[name] = sums.get(name, 0.0) + value
+            progress.batch += 1
+            if accelerator.sync_gradients:
+                plain.follow()
+                scheduler.step()
+                progress.step += 1
+                bar.update()
+                if progress.step == last_step:
+                    break
+        progress.seconds += time.perf_counter() - started
+        progress.sums = {name: accelerator.reduce(value, "mean").item() for name, value in sums.items()}
+        line = progress.line(lr=scheduler.get_last_lr()[0], images_per_batch=recipe.batch_size // accumulation)
+        bar.set_postfix(epoch=line["epoch"], loss=f"{line['loss']:.3f}")
+        accelerator.log({name: value for name, value in line.items() if name != "epoch"}, step=progress.step)
+        if accelerator.is_main_process:
+            run.log(line)
+        ended = progress.batch == len(loader)
+        if ended:
+            progress = progress.next_epoch()
+        if progress.step == last_step or (ended and progress.epoch % recipe.train.checkpoint_every == 0):
+            if processes > 1:  # else the checkpoint would know the running statistics of the main process alone
+                distribute_bn(plain, processes, reduce=True)
+            accelerator.save_state(run.partial_checkpoint(progress.step))
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                run.publish_checkpoint(progress, recipe.train.keep_last)
+    bar.close()
+
+    # The reported numbers are the last epoch's: there is no validation split to choose another by.
+    predictions = predict(plain.model, tqdm(test, "testing", disable=not accelerator.is_main_process, leave=False),
+                          accelerator.gather_for_metrics)
+    if accelerator.is_main_process:
+        run.finish(
+            plain.model,
+            {
+                "method": recipe.method,
+                "seed": recipe.seed,
+                "finished": progress.step == total_steps,
+                "epochs": progress.epoch,
+                "steps": progress.step,
+                "test": summarise(predictions, data.class_counts),
+                "test_images": len(data.test),
+                "class_counts": data.class_counts,
+                "class_names": data.class_names,
+                "shot_groups": {name: int(mask.sum()) for name, mask in shot_groups(data.class_counts).items()},
+                **describe_model(plain.model),
+                "training_seconds": progress.total_seconds + progress.seconds,
+                **describe_environment(processes, accelerator.device),
+                "recipe": asdict(recipe),
+            },
+        )
+        say(report(run))
+    accelerator.end_training()
+    return run.path
+
+
+if __name__ == "__main__":
+    main()
