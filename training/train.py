@@ -207,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
                 "shot_groups": {name: int(mask.sum()) for name, mask in shot_groups(data.class_counts).items()},
                 **describe_model(plain.model),
                 "training_seconds": progress.total_seconds + progress.seconds,
+                "mixed_precision": accelerator.mixed_precision,
                 **describe_environment(processes, accelerator.device),
                 "recipe": asdict(recipe),
             },
