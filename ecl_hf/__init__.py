@@ -16,7 +16,18 @@ AutoModelForImageClassification.register(ECLConfig, ECLForImageClassification, e
 ECLConfig.register_for_auto_class()
 ECLForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 
-_SUBMODULES = ("collaborative", "data", "evaluation", "longtail", "losses", "methods", "metrics", "momentum", "recipe", "views")
+_SUBMODULES = (
+    "collaborative",
+    "data",
+    "evaluation",
+    "longtail",
+    "losses",
+    "methods",
+    "metrics",
+    "momentum",
+    "recipe",
+    "views",
+)
 
 
 def __getattr__(name: str) -> ModuleType:

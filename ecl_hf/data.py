@@ -1,7 +1,7 @@
 """From a data set on the Hub or on disk to long-tailed training batches and balanced test batches.
 
-Random augmentation depends on (seed, epoch, picture) alone: the same with any number of workers and processes, and after
-an interruption.
+Random augmentation depends on (seed, epoch, picture) alone: the same with any number of workers and processes, and
+after an interruption.
 """
 
 import random
@@ -243,7 +243,7 @@ def train_loader(dataset: ViewDataset, batch_size: int, num_workers: int = 0) ->
     )
 
 
-def test_loader(dataset: datasets.Dataset, view: Callable, batch_size: int, num_workers: int = 0) -> DataLoader:
+def evaluation_loader(dataset: datasets.Dataset, view: Callable, batch_size: int, num_workers: int = 0) -> DataLoader:
     """All pictures in order."""
     return DataLoader(
         ViewDataset(dataset, {"pixel_values": view}),

@@ -89,8 +89,12 @@ def _pretrained(
         raise ValueError(f"model.pretrained={source} can't be loaded into {architecture}: {error}") from error
     state = encoder.state_dict()
     if state.keys() != untouched.keys():
-        raise ValueError(f"model.pretrained={source} holds {encoder.pretrained_cfg['architecture']}, not {architecture}")
+        raise ValueError(
+            f"model.pretrained={source} holds {encoder.pretrained_cfg['architecture']}, not {architecture}"
+        )
     # timm loads what fits and only logs the rest: a weight that still has its initial value was not in the file.
     if left := [key for key, value in state.items() if value.ndim > 1 and torch.equal(value, untouched[key])]:
-        raise ValueError(f"model.pretrained={source} has no weights for {len(left)} tensors of {architecture}: {left[0]}")
+        raise ValueError(
+            f"model.pretrained={source} has no weights for {len(left)} tensors of {architecture}: {left[0]}"
+        )
     return encoder.pretrained_cfg, state

@@ -37,9 +37,9 @@ def exponential_counts(num_classes: int, max_count: int, imbalance_factor: float
 def pareto_counts(num_classes: int, max_count: int, min_count: int, alpha: float = 6.0) -> list[int]:
     """Pareto profile of ImageNet-LT (Liu et al. 2019), cut to [min_count, max_count].
 
-    Class i takes the (i + 1) / C upper quantile of a Pareto distribution that starts at zero (Lomax), scaled so that the
-    first class has `max_count` images; classes below `min_count` are raised to it. For ImageNet-LT's numbers (1000,
-    1280, 5) this gives 117,059 images against the official list's 115,846.
+    Class i takes the (i + 1) / C upper quantile of a Pareto distribution that starts at zero (Lomax), scaled so that
+    the first class has `max_count` images; classes below `min_count` are raised to it. For ImageNet-LT's numbers
+    (1000, 1280, 5) this gives 117,059 images against the official list's 115,846.
 
     Args:
         num_classes: number of classes C.

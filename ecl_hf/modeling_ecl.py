@@ -29,7 +29,9 @@ DATA_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mod
 HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
-def log_prior_shift(class_counts: Sequence[int] | Tensor, target_prior: Sequence[float] | Tensor | None = None) -> Tensor:
+def log_prior_shift(
+    class_counts: Sequence[int] | Tensor, target_prior: Sequence[float] | Tensor | None = None
+) -> Tensor:
     """Gap of the log priors of training and test set, `log p_s - log p_t` (Eq. 2).
 
     Args:
@@ -201,7 +203,9 @@ class ECLForImageClassification(PreTrainedModel):
         with_info = kwargs.pop("output_loading_info", False)
         if experts is not None:
             hub = {key: kwargs.pop(key) for key in HUB_KEYS if key in kwargs}
-            config = kwargs.pop("config", None) or cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
+            config = kwargs.pop("config", None) or cls.config_class.from_pretrained(
+                pretrained_model_name_or_path, **hub
+            )
             if not isinstance(config, ECLConfig):
                 config = cls.config_class.from_pretrained(config, **hub)
             kwargs["state_dict"] = _read_experts(pretrained_model_name_or_path, config.num_experts, experts, hub)
@@ -229,7 +233,9 @@ class ECLForImageClassification(PreTrainedModel):
         super().save_pretrained(save_directory, **kwargs)
 
 
-def _read_experts(source: str | Path, num_experts: int, experts: Sequence[int], hub: dict[str, Any]) -> dict[str, Tensor]:
+def _read_experts(
+    source: str | Path, num_experts: int, experts: Sequence[int], hub: dict[str, Any]
+) -> dict[str, Tensor]:
     """State dict of the chosen experts, renumbered from 0; opens their files only."""
     wrong = [k for k in experts if k not in range(num_experts)]
     if wrong or not experts or len(set(experts)) < len(experts):
@@ -239,7 +245,9 @@ def _read_experts(source: str | Path, num_experts: int, experts: Sequence[int], 
     state = {}
     for position, k in enumerate(experts):
         prefix = f"experts.{k}."
-        names = {file for key, file in weight_map.items() if key.startswith(prefix)} if weight_map else {SAFE_WEIGHTS_NAME}
+        names = (
+            {file for key, file in weight_map.items() if key.startswith(prefix)} if weight_map else {SAFE_WEIGHTS_NAME}
+        )
         for name in sorted(names):
             with safe_open(cached_file(source, name, **hub), framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118  (a safetensors file is not a mapping)

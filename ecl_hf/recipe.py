@@ -1,9 +1,10 @@
-"""A training run as one typed value. Files in `training/recipes` fill it; flags of `training/train.py` override them."""
+"""A training run as one typed value, filled by a file of `training/recipes` and flags of `training/train.py`."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
-__all__ = ["DataConfig", "LossConfig", "ModelConfig", "OptimConfig", "Recipe", "TrainConfig"]
+from jsonargparse import ArgumentParser, Namespace
 
 
 def _require(holds: bool, message: str) -> None:
@@ -18,7 +19,7 @@ class DataConfig:
     source: str = "uoft-cs/cifar100"
     """Data set: a Hub repository, or "digits" (scikit-learn's handwritten digits, no download)."""
     path: str | None = None
-    """Local directory with the data set (parquet files named train-*, test-*, or an image folder); instead of `source`."""
+    """Local directory with the data set (parquet files train-*, test-*, or an image folder), instead of `source`."""
     image_column: str | None = None
     """Column with the pictures; found by its type when not given."""
     label_column: str | None = None
@@ -28,7 +29,7 @@ class DataConfig:
     test_split: str = "test"
     """Name of the split to test on."""
     profile: Literal["exponential", "pareto", "as_is"] = "exponential"
-    """How the class counts fall: `exponential` (CIFAR-LT), `pareto` (ImageNet-LT), or `as_is`: the data are long-tailed."""
+    """How class counts fall: `exponential` (CIFAR-LT), `pareto` (ImageNet-LT), or `as_is` (long-tailed already)."""
     imbalance_factor: float = 100.0
     """Largest class count over the smallest (gamma); not used by `as_is`."""
     max_count: int | None = None
@@ -36,7 +37,7 @@ class DataConfig:
     split_seed: int = 0
     """Seed that chooses the images of the long-tailed split; 0 is the published protocol."""
     augmentation: Literal["cifar", "imagenet"] = "cifar"
-    """Supervised view: `cifar` (crop, CIFAR-10 AutoAugment policy, Cutout) or `imagenet` (resized crop, jitter, RandAugment)."""
+    """Supervised view: `cifar` (crop, AutoAugment, Cutout) or `imagenet` (resized crop, jitter, RandAugment)."""
     horizontal_flip: bool = True
     """Whether a mirrored picture keeps its class; false for digits, text, left-right asymmetric defects."""
     num_workers: int = 0
@@ -44,7 +45,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(self.imbalance_factor >= 1, f"data.imbalance_factor must be at least 1, got {self.imbalance_factor}")
-        _require(self.max_count is None or self.max_count >= 1, f"data.max_count must be at least 1, got {self.max_count}")
+        _require(
+            self.max_count is None or self.max_count >= 1, f"data.max_count must be at least 1, got {self.max_count}"
+        )
         _require(self.num_workers >= 0, f"data.num_workers must not be negative, got {self.num_workers}")
 
 
@@ -55,7 +58,7 @@ class ModelConfig:
     architecture: str = "resnet32_cifar"
     """timm name of every expert's encoder."""
     pretrained: bool | str = False
-    """Weights that every encoder starts from: true (timm's own for this architecture), a local file, or a Hub repository."""
+    """Weights that every encoder starts from: true (timm's own), a local file, or a Hub repository in timm's format."""
     num_experts: int = 3
     """Number of experts K; methods that are defined for one expert train one."""
     classifier: Literal["linear", "cosine"] = "linear"
@@ -67,7 +70,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require(self.num_experts >= 1, f"model.num_experts must be at least 1, got {self.num_experts}")
-        _require(self.image_size is None or self.image_size >= 8, f"model.image_size must be at least 8, got {self.image_size}")
+        _require(
+            self.image_size is None or self.image_size >= 8,
+            f"model.image_size must be at least 8, got {self.image_size}",
+        )
 
 
 @dataclass(kw_only=True)
@@ -75,7 +81,7 @@ class LossConfig:
     """Weights and constants of the loss terms (Eq. 3 to 11)."""
 
     sup_reduction: Literal["mean", "sum"] = "mean"
-    """Reduction of the supervision over experts (Eq. 10): `mean` as printed, `sum` keeps each expert's gradient whole."""
+    """Supervision over the experts (Eq. 10): `mean` as printed; `sum` keeps each expert's gradient whole."""
     alpha_logit: float = 0.6
     """Weight of the logit distillation (Eq. 11)."""
     alpha_feature: float = 0.6
@@ -138,7 +144,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("gradient_accumulation_steps", "checkpoint_every", "keep_last"):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
-        _require(self.max_steps is None or self.max_steps >= 1, f"train.max_steps must be at least 1, got {self.max_steps}")
+        _require(
+            self.max_steps is None or self.max_steps >= 1, f"train.max_steps must be at least 1, got {self.max_steps}"
+        )
 
 
 @dataclass(kw_only=True)
@@ -163,3 +171,21 @@ class Recipe:
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         _require(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
         _require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
+
+    @classmethod
+    def add_arguments(cls, parser: ArgumentParser) -> None:
+        """Give a parser the recipe's keys as dotted flags."""
+        parser.add_class_arguments(cls)
+
+    @classmethod
+    def from_arguments(cls, parser: ArgumentParser, arguments: Namespace) -> "Recipe":
+        """The recipe among parsed arguments; a value out of range is a ValueError that names its key."""
+        values = parser.instantiate(arguments)
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__})
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Recipe":
+        """Read a YAML recipe; an unknown key or a wrong type is an ArgumentError that names it."""
+        parser = ArgumentParser(exit_on_error=False)
+        cls.add_arguments(parser)
+        return cls.from_arguments(parser, parser.parse_path(path))

@@ -1,8 +1,8 @@
 """The run folder: the evidence of a run, read by everything that comes later.
 
-    recipe.yaml      the resolved recipe         metrics.jsonl   a line per epoch
-    model/           the published model         results.json    test metrics of the last epoch
-    checkpoints/     resumable state
+recipe.yaml      the resolved recipe         metrics.jsonl   a line per epoch
+model/           the published model         results.json    test metrics of the last epoch
+checkpoints/     resumable state
 """
 
 import json
@@ -129,7 +129,6 @@ class RunFolder:
         lines = self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []
         kept = [old for old in lines if json.loads(old)["epoch"] < line["epoch"]]
         write_atomically(self.metrics_file, "\n".join([*kept, json.dumps(line)]) + "\n")
-
 
     def finish(self, model: ECLForImageClassification, results: dict[str, Any]) -> None:
         """Write the model, then the results."""

@@ -26,6 +26,7 @@ class Cutout:
         self.size = size
 
     def __call__(self, image: Tensor) -> Tensor:
+        """Change the tensor in place and return it."""
         _, height, width = image.shape
         top = int(torch.randint(height, ())) - self.size // 2
         left = int(torch.randint(width, ())) - self.size // 2
@@ -40,6 +41,7 @@ class GaussianBlur:
         self.sigma = sigma
 
     def __call__(self, image: Image.Image) -> Image.Image:
+        """Return a blurred copy."""
         return image.filter(ImageFilter.GaussianBlur(float(torch.empty(()).uniform_(*self.sigma))))
 
 
@@ -101,5 +103,5 @@ def contrastive_view(data_config: dict[str, Any], horizontal_flip: bool = True) 
 
 
 def evaluation_view(data_config: dict[str, Any]) -> View:
-    """timm's evaluation transform: the same pixels as the published model's image processor makes."""
+    """The evaluation transform of timm: the same pixels as the published model's image processor makes."""
     return timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=data_config), is_training=False)

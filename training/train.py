@@ -27,12 +27,12 @@ from timm.utils import distribute_bn
 from tqdm import tqdm
 
 from ecl_hf.collaborative import CollaborativeTask
-from ecl_hf.data import ViewDataset, load_longtailed, test_loader, train_loader
+from ecl_hf.data import ViewDataset, evaluation_loader, load_longtailed, train_loader
 from ecl_hf.evaluation import format_table, predict, summarise
 from ecl_hf.initialise import initialise_model
 from ecl_hf.methods import METHODS
-from ecl_hf.recipe import Recipe
 from ecl_hf.metrics import shot_groups
+from ecl_hf.recipe import Recipe
 from ecl_hf.runs import Progress, RunFolder, describe_environment, describe_model, flatten
 from ecl_hf.views import contrastive_view, evaluation_view, supervised_view
 
@@ -42,14 +42,15 @@ def parse(argv: Sequence[str] | None) -> tuple[Recipe, Namespace]:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog="train.py", description=__doc__.split("\n")[0])
     parser.add_argument("--recipe", action="config", help="YAML file; flags after it override it")
-    parser.add_class_arguments(Recipe)
+    Recipe.add_arguments(parser)
     parser.add_argument("--output_dir", type=Path, required=True, help="Run folder to write")
     parser.add_argument("--resume", action="store_true", help="Continue the run in output_dir, if there is one")
     parser.add_argument("--report_to", type=list[str], default=[], help="Trackers: tensorboard, trackio, ...")
     args = parser.parse_args(argv)
-    given = parser.instantiate(args)
-    recipe = Recipe(**{name: getattr(given, name) for name in Recipe.__dataclass_fields__})
-    return recipe, args
+    try:
+        return Recipe.from_arguments(parser, args), args
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def report(run: RunFolder) -> str:
@@ -114,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         views["contrast_pixel_values"] = contrastive_view(view_config, recipe.data.horizontal_flip)
     train_set = ViewDataset(data.train, views, recipe.seed)
     loader = train_loader(train_set, recipe.batch_size // (processes * accumulation), recipe.data.num_workers)
-    test = test_loader(data.test, evaluation_view(view_config), 256, recipe.data.num_workers)
+    test = evaluation_loader(data.test, evaluation_view(view_config), 256, recipe.data.num_workers)
     task = CollaborativeTask(model, method, recipe.loss).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD((p for p in task.parameters() if p.requires_grad), foreach=True, **asdict(recipe.optim))
     set_seed(recipe.seed, device_specific=True)
@@ -134,10 +135,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
         accelerator.load_state(checkpoint)
         progress = run.read_progress(checkpoint)
         say(f"continuing after step {progress.step}")
+    counts = data.class_counts
     say(
         f"{recipe.method}: {len(plain.model.experts)} x {recipe.model.architecture}, {len(data.train)} training images, "
-        f"{len(data.class_names)} classes of {max(data.class_counts)} to {min(data.class_counts)} images, "
-        f"{processes} process{'es' if processes > 1 else ''} on {accelerator.device.type}"
+        f"{len(counts)} classes of {max(counts)} to {min(counts)}, {processes} process(es) on {accelerator.device.type}"
     )
 
     bar = tqdm(total=last_step, initial=progress.step, unit="step", disable=not accelerator.is_main_process)
@@ -189,8 +190,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
     bar.close()
 
     # The reported numbers are the last epoch's: there is no validation split to choose another by.
-    predictions = predict(plain.model, tqdm(test, "testing", disable=not accelerator.is_main_process, leave=False),
-                          accelerator.gather_for_metrics)
+    predictions = predict(
+        plain.model,
+        tqdm(test, "testing", disable=not accelerator.is_main_process, leave=False),
+        accelerator.gather_for_metrics,
+    )
     if accelerator.is_main_process:
         run.finish(
             plain.model,

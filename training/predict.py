@@ -1,0 +1,64 @@
+"""Classify pictures with an exported model, through the image-classification pipeline.
+
+python training/predict.py --model runs/quickstart/model picture.png ...
+python training/predict.py --run runs/quickstart          # some pictures of the run's own test split
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import transformers
+from jsonargparse import ArgumentParser
+from PIL import Image, UnidentifiedImageError
+
+import ecl_hf  # noqa: F401  (registers the model with transformers)
+from ecl_hf.data import load_longtailed
+from ecl_hf.recipe import Recipe
+from ecl_hf.runs import RunFolder
+
+
+def test_pictures(run: RunFolder, how_many: int) -> list[tuple[str, Image.Image]]:
+    """Pictures of a run's test split with their class names, spread evenly over it."""
+    data = load_longtailed(Recipe.from_file(run.recipe_file).data)
+    rows = data.test.select(np.linspace(0, len(data.test) - 1, how_many).astype(int))
+    return [(data.class_names[row["label"]], row["image"].convert("RGB")) for row in rows]
+
+
+def main(argv: Sequence[str] | None = None) -> list[list[dict[str, str | float]]]:
+    """Print and return the best classes of each picture with their probabilities."""
+    parser = ArgumentParser(prog="predict.py", description=__doc__.split("\n")[0])
+    parser.add_argument("images", type=Path, nargs="*", help="Picture files")
+    parser.add_argument("--model", type=str | None, help="Directory or Hub repository of the model")
+    parser.add_argument(
+        "--run", type=Path | None, help="Run folder: its model, and its test pictures if none are given"
+    )
+    parser.add_argument("--top_k", type=int, default=2, help="Classes to print for each picture")
+    parser.add_argument("--how_many", type=int, default=8, help="Test pictures to classify")
+    args = parser.parse_args(argv)
+    if args.run is None and (args.model is None or not args.images):
+        parser.error("give --run, or --model with picture files")
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+    try:
+        if args.images:
+            pictures = [(str(path), Image.open(path).convert("RGB")) for path in args.images]
+        else:
+            pictures = test_pictures(RunFolder(args.run), args.how_many)
+    except (OSError, ValueError, UnidentifiedImageError) as error:
+        sys.exit(f"error: {error}")
+    model = args.model or RunFolder(args.run).model
+    classify = transformers.pipeline("image-classification", model=str(model))
+    answers = classify([picture for _, picture in pictures], top_k=args.top_k, batch_size=32)
+    print(f"\n{'picture':24}prediction of {model}")
+    for (name, _), best in zip(pictures, answers, strict=True):
+        print(f"{name:24}" + "  ".join(f"{answer['label']} {answer['score']:.2f}" for answer in best))
+    return answers
+
+
+if __name__ == "__main__":
+    main()
