@@ -162,7 +162,8 @@ class ViewDataset(torch.utils.data.Dataset):
     Args:
         dataset: columns `image` and `label`.
         views: output name -> view; all views of a picture are drawn one after the other.
-        seed: of the random augmentation, together with the epoch and the picture's position.
+        seed: of the random augmentation, together with the picture's position and the attribute `epoch`, which the
+            training loop sets before it starts to iterate.
     """
 
     def __init__(self, dataset: datasets.Dataset, views: dict[str, View], seed: int = 0) -> None:
@@ -200,22 +201,16 @@ class ViewDataset(torch.utils.data.Dataset):
 
 
 class EpochSampler(Sampler[int]):
-    """A permutation that depends on (seed, epoch) alone."""
+    """A permutation that depends on the data set's (seed, epoch) alone."""
 
-    def __init__(self, length: int, seed: int) -> None:
-        self.length = length
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the permutation."""
-        self.epoch = epoch
+    def __init__(self, dataset: ViewDataset) -> None:
+        self.dataset = dataset
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.dataset)
 
     def __iter__(self) -> Iterator[int]:
-        yield from np.random.default_rng([self.seed, self.epoch]).permutation(self.length).tolist()
+        yield from np.random.default_rng([self.dataset.seed, self.dataset.epoch]).permutation(len(self)).tolist()
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -230,11 +225,11 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def train_loader(dataset: ViewDataset, batch_size: int, num_workers: int = 0) -> DataLoader:
-    """Shuffled full batches; `set_epoch` of its sampler and the data set's `epoch` choose the epoch."""
+    """Shuffled full batches of the data set's `epoch`."""
     return DataLoader(
         dataset,
         batch_size,
-        sampler=EpochSampler(len(dataset), dataset.seed),
+        sampler=EpochSampler(dataset),
         drop_last=True,
         num_workers=num_workers,
         collate_fn=collate,

@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         say(f"continuing after step {progress.step}")
     counts = data.class_counts
     say(
-        f"{recipe.method}: {len(plain.model.experts)} x {recipe.model.architecture}, {len(data.train)} training images, "
+        f"{recipe.method}: {len(plain.model.experts)} x {recipe.model.architecture}, {sum(counts)} training images, "
         f"{len(counts)} classes of {max(counts)} to {min(counts)}, {processes} process(es) on {accelerator.device.type}"
     )
 
@@ -146,7 +146,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
     while progress.step < last_step:
         train_set.epoch = progress.epoch
         batches = skip_first_batches(loader, progress.batch)
-        batches.set_epoch(progress.epoch)
         sums = {name: torch.tensor(value, device=accelerator.device) for name, value in progress.sums.items()}
         started = time.perf_counter()
         for batch in batches:

@@ -1,0 +1,27 @@
+# make quickstart   set up, train, evaluate, export and classify; RECIPE=training/recipes/cifar100_lt.yaml for another run
+# make test         set up and run the tests
+# make lint         set up and run ruff
+PYTHON ?= python3
+RECIPE ?= training/recipes/quickstart.yaml
+RUN ?= runs/$(basename $(notdir $(RECIPE)))
+ARGS ?=
+
+.PHONY: setup quickstart test lint
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+quickstart: setup
+	.venv/bin/python training/train.py --recipe $(RECIPE) --output_dir $(RUN) --resume $(ARGS)
+	.venv/bin/python training/predict.py --run $(RUN)
+
+test: setup
+	.venv/bin/python -m pytest
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .

@@ -1,0 +1,66 @@
+"""Two processes on one machine train as one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).parents[1] / "training" / "train.py"
+FLAGS = [
+    "--method=ecl",
+    "--data.source=digits",
+    "--data.max_count=20",
+    "--data.imbalance_factor=5",
+    "--model.architecture=test_vit",  # LayerNorm: the statistics of BatchNorm would see half of the batch
+    "--model.image_size=32",
+    "--batch_size=16",
+    "--epochs=2",
+    "--loss.queue_size=40",
+]
+
+
+def launch(processes: int, folder: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run(
+        [*torchrun, SCRIPT, *FLAGS, f"--output_dir={folder}", *flags],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def checkpoint(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(max((run / "checkpoints").iterdir()) / "model.safetensors")
+
+
+def test_two_processes_equal_one(tmp_path):
+    for processes in (1, 2):
+        done = launch(processes, tmp_path / str(processes), ACCELERATE_USE_CPU="true")
+        assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("1", "2"))
+    assert [result["machine"]["processes"] for result in (one, two)] == [1, 2]
+    assert one["steps"] == two["steps"]
+    assert one["test_images"] == two["test_images"] == 400
+    # Weights of experts and train-only branches, momentum encoders and queues
+    ours, theirs = checkpoint(tmp_path / "1"), checkpoint(tmp_path / "2")
+    assert {"queue.keys", "queue.cursor"} < ours.keys()
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    lines = [json.loads((tmp_path / n / "metrics.jsonl").read_text().splitlines()[-1]) for n in ("1", "2")]
+    for name in ("loss", "supervision", "reference", "logit", "feature", "contrastive"):
+        assert lines[0][name] == pytest.approx(lines[1][name], rel=1e-4)
+
+
+def test_unconnected_processes_are_refused(tmp_path):
+    environment = {"ACCELERATE_USE_CPU": "false"}
+    if torch.cuda.is_available():
+        pytest.skip("with GPUs, torchrun connects the processes")
+    done = launch(2, tmp_path / "run", **environment)
+    assert done.returncode != 0
+    assert "2 processes were launched, but each trains alone" in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,199 @@
+"""The training script as a user calls it, on a small long-tailed split of the handwritten digits."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from safetensors.torch import load_file
+from train import main
+
+from ecl_hf import ECLForImageClassification
+from ecl_hf.methods import METHODS
+
+TINY = [
+    "--data.source=digits",
+    "--data.max_count=20",
+    "--data.imbalance_factor=5",
+    "--data.horizontal_flip=false",
+    "--model.architecture=resnet20_cifar",
+    "--model.image_size=8",
+    "--batch_size=16",
+    "--epochs=3",
+    "--loss.queue_size=40",
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps its state for the life of a process; every run here is a process of its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+def train(folder: Path, *flags: str) -> Path:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return main([*TINY, f"--output_dir={folder}", *flags])
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return {key: value for file in (run / "model").glob("*.safetensors") for key, value in load_file(file).items()}
+
+
+def epochs(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert epochs(a) == epochs(b)
+    tests = [json.loads((run / "results.json").read_text())["test"] for run in (a, b)]
+    assert tests[0] == tests[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_exports_only_what_inference_needs(method, tmp_path):
+    run = train(tmp_path / "run", f"--method={method}", "--train.max_steps=2")
+    terms = {term.name for term in METHODS[method].terms}
+    assert set(epochs(run)[0]) == {"epoch", "step", "loss", "lr", *terms}
+    results = json.loads((run / "results.json").read_text())
+    experts = METHODS[method].max_experts or 3
+    assert len(results["test"]["plain"]["experts"]) == experts
+    assert not results["finished"]
+    assert results["machine"]["processes"] == 1
+    assert all(key.split(".")[2] in ("backbone", "head") for key in weights(run))
+    model = ECLForImageClassification.from_pretrained(run / "model")
+    assert len(model.experts) == experts
+    assert model.config.class_counts == results["class_counts"]
+    assert model.config.logit_prior == ("train" if method == "ce" else "uniform")
+    assert results["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_whole_run_learns_and_follows_the_cosine(tmp_path):
+    run = train(tmp_path / "run", "--method=bc", "--epochs=8", "--optim.lr=0.05")
+    lines = epochs(run)
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    assert [line["lr"] for line in lines] == pytest.approx(
+        [0.05 * (1 + math.cos(math.pi * e / 8)) / 2 for e in range(1, 9)], abs=1e-9
+    )
+    results = json.loads((run / "results.json").read_text())
+    assert results["finished"]
+    assert results["epochs"] == 8
+    assert results["test"]["plain"]["ensemble"]["top1"] > 0.2
+    assert results["test"]["plain"]["ensemble"]["many"] is None  # no class of this split has more than 100 images
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_run_is_bit_identical(workers, tmp_path):
+    flags = ["--method=ecl", f"--data.num_workers={workers}"]
+    whole = train(tmp_path / "whole", *flags)
+    steps = epochs(whole)[0]["step"]
+    train(tmp_path / "parts", *flags, f"--train.max_steps={steps + 2}")  # stops within the second epoch
+    parts = train(tmp_path / "parts", *flags, f"--train.max_steps={2 * steps}", "--resume")  # and at its end
+    assert train(tmp_path / "parts", *flags, "--resume") == parts
+    assert_same_run(whole, parts)
+
+
+def test_number_of_workers_does_not_change_the_run(tmp_path):
+    runs = [train(tmp_path / str(n), "--method=fld_cpt", f"--data.num_workers={n}", "--epochs=1") for n in (0, 2)]
+    assert_same_run(*runs)
+
+
+def test_seed_decides_the_run(tmp_path):
+    runs = [train(tmp_path / str(seed), "--method=bc", "--epochs=1", f"--seed={seed}") for seed in (0, 1)]
+    ours, theirs = (weights(run)["experts.0.head.weight"] for run in runs)
+    assert not torch.equal(ours, theirs)
+
+
+def test_accumulated_micro_batches_equal_one_batch(tmp_path):
+    flags = ["--method=bkt", "--model.architecture=test_vit", "--model.image_size=32", "--epochs=1"]
+    runs = [train(tmp_path / str(n), *flags, f"--train.gradient_accumulation_steps={n}") for n in (1, 2)]
+    assert [line["step"] for line in epochs(runs[0])] == [line["step"] for line in epochs(runs[1])]
+    ours, theirs = (weights(run) for run in runs)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_mixed_precision_and_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    run = train(tmp_path / "run", "--method=ecl", "--train.max_steps=2", "--report_to=[tensorboard]")
+    assert json.loads((run / "results.json").read_text())["mixed_precision"] == "bf16"
+    assert all(tensor.dtype != torch.bfloat16 for tensor in weights(run).values())
+    assert list(run.rglob("events.out.tfevents.*"))
+
+
+def test_finished_run_is_reported_again_and_not_touched(tmp_path, capsys):
+    run = train(tmp_path / "run", "--method=bc", "--epochs=1")
+    before = {path: path.stat().st_mtime_ns for path in (run / "model").iterdir()}
+    capsys.readouterr()
+    train(tmp_path / "run", "--method=bc", "--epochs=1", "--resume")
+    assert "finished already" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in (run / "model").iterdir()}
+
+
+def test_non_finite_loss_stops_the_run_and_names_the_terms(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"step \d+.*supervision"):
+        train(tmp_path / "run", "--method=bc", "--optim.lr=1e30")
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--nonsense=1"], "nonsense"),
+        (["--data.nonsense=1"], "nonsense"),
+        (["--epochs=many"], "epochs"),
+        (["--epochs=0"], "epochs"),
+        (["--optim.lr=-1"], "optim.lr"),
+        (["--method=elc"], "elc.*ecl"),
+        (["--data.path=/no/such/place"], "/no/such/place"),
+        (["--data.image_column=photo"], "photo.*image"),
+        (["--data.label_column=breed"], "breed.*label"),
+        (["--data.test_split=test", "--data.max_count=1000"], "max_count"),
+        (["--data.imbalance_factor=1000"], "imbalance_factor"),
+        (["--batch_size=100000"], "batch_size.*training split"),
+        (["--batch_size=15", "--train.gradient_accumulation_steps=2"], "batch_size 15"),
+        (["--model.architecture=resnet32_cifra"], "resnet32_cifar"),
+        (["--model.pretrained=true"], "pretrained"),
+        (["--model.pretrained=/no/such/weights.safetensors"], "weights.safetensors"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train(tmp_path / "run", *flags)
+    said = f"{caught.value} {capsys.readouterr().err}"
+    assert re.search(message, said, re.DOTALL), said
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_recipe_key_is_named(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("method: ecl\ndata:\n  sauce: digits\n")
+    with pytest.raises(SystemExit):
+        main([f"--recipe={recipe}", f"--output_dir={tmp_path / 'run'}"])
+    assert "sauce" in capsys.readouterr().err
+
+
+def test_output_directory_must_be_free_and_writable(tmp_path):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.tex").write_text("years of work")
+    with pytest.raises(SystemExit, match="not empty"):
+        train(tmp_path / "used")
+    with pytest.raises(SystemExit, match=r"thesis\.tex"):
+        train(tmp_path / "used" / "thesis.tex" / "run")
+    assert (tmp_path / "used" / "thesis.tex").read_text() == "years of work"
+
+    run = train(tmp_path / "run", "--method=bc", "--train.max_steps=1")
+    with pytest.raises(SystemExit, match="--resume"):
+        train(tmp_path / "run", "--method=bc")
+    with pytest.raises(SystemExit, match=r"optim\.lr: 0\.01 -> 0\.02"):
+        train(tmp_path / "run", "--method=bc", "--optim.lr=0.02", "--resume")
+    shutil.rmtree(run / "checkpoints")
+    assert train(run, "--method=bc", "--train.max_steps=1", "--resume") == run  # nothing to go on from: starts again
