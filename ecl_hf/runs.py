@@ -70,6 +70,11 @@ class RunFolder:
         self.model = self.path / "model"
         self.checkpoints = self.path / "checkpoints"
 
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are trained and tested."""
+        return self.results_file.exists() and json.loads(self.results_file.read_text())["finished"]
+
     def check(self, recipe: Recipe, resume: bool) -> None:
         """See that the run can begin here, or with `resume` that it can go on.
 

@@ -116,11 +116,11 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     for seed in args.seeds:
         for cell in args.cells:
             run = RunFolder(args.runs_dir / name / cell / f"seed{seed}")
-            if not args.render_only:
+            if not args.render_only and not run.finished:
                 print(f"{name} {cell} seed {seed}", flush=True)
                 flags = ["--recipe", str(args.recipe), "--output_dir", str(run.path), "--seed", str(seed), "--resume"]
                 subprocess.run([sys.executable, TRAIN, *flags, *CELLS[cell], *args.flags.split()], check=True)
-            if run.results_file.exists() and json.loads(run.results_file.read_text())["finished"]:
+            if run.finished:
                 results.setdefault(cell, []).append(json.loads(run.results_file.read_text()))
                 (target / cell).mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(run.results_file, target / cell / f"seed{seed}.json")

@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             run.open(recipe)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    if args.resume and run.results_file.exists() and json.loads(run.results_file.read_text())["finished"]:
+    if args.resume and run.finished:
         say(f"{run.path} is finished already\n{report(run)}")
         return run.path
 
