@@ -6,6 +6,7 @@ shortcuts (option A: subsample, then zero-pad the channels). ResNet-32 has 463,5
 """
 
 import difflib
+from collections.abc import Callable
 from typing import Any
 
 import timm
@@ -112,25 +113,30 @@ default_cfgs = {
 }
 
 
-@register_model
+def _register(entrypoint: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Register with timm, once: a model repository brings its own copy of this file along."""
+    return entrypoint if timm.is_model(entrypoint.__name__) else register_model(entrypoint)
+
+
+@_register
 def resnet20_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """CIFAR ResNet-20, 0.27 M parameters."""
     return build_model_with_cfg(CifarResNet, "resnet20_cifar", pretrained, blocks=3, **kwargs)
 
 
-@register_model
+@_register
 def resnet32_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """CIFAR ResNet-32, 0.46 M parameters: the paper's backbone for CIFAR-LT."""
     return build_model_with_cfg(CifarResNet, "resnet32_cifar", pretrained, blocks=5, **kwargs)
 
 
-@register_model
+@_register
 def resnet44_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """CIFAR ResNet-44, 0.66 M parameters."""
     return build_model_with_cfg(CifarResNet, "resnet44_cifar", pretrained, blocks=7, **kwargs)
 
 
-@register_model
+@_register
 def resnet56_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """CIFAR ResNet-56, 0.85 M parameters."""
     return build_model_with_cfg(CifarResNet, "resnet56_cifar", pretrained, blocks=9, **kwargs)

@@ -6,6 +6,7 @@
 - timm's own initialisation is kept: `_init_weights` touches the heads alone.
 """
 
+import copy
 import json
 import math
 import warnings
@@ -18,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
@@ -201,19 +202,16 @@ class ECLForImageClassification(PreTrainedModel):
             ValueError: `experts` names one that is not there, none, or one twice; or encoder weights are missing.
         """
         with_info = kwargs.pop("output_loading_info", False)
+        source = pretrained_model_name_or_path
         if experts is not None:
             hub = {key: kwargs.pop(key) for key in HUB_KEYS if key in kwargs}
-            config = kwargs.pop("config", None) or cls.config_class.from_pretrained(
-                pretrained_model_name_or_path, **hub
-            )
-            if not isinstance(config, ECLConfig):
+            config = kwargs.pop("config", source)
+            if not isinstance(config, PreTrainedConfig):
                 config = cls.config_class.from_pretrained(config, **hub)
-            kwargs["state_dict"] = _read_experts(pretrained_model_name_or_path, config.num_experts, experts, hub)
-            config.num_experts = len(experts)
-            kwargs["config"] = config
-            source = None
-        else:
-            source = pretrained_model_name_or_path
+            kwargs["state_dict"] = _read_experts(source, config.num_experts, experts, hub)
+            kwargs["config"] = copy.deepcopy(config)
+            kwargs["config"].num_experts = len(experts)
+            source = None  # nothing more to read
         model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         if missing := sorted(key for key in info["missing_keys"] if ".backbone." in key):
             raise ValueError(
