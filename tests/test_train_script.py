@@ -123,7 +123,7 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path):
 
 def test_mixed_precision_and_tensorboard(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    run = train(tmp_path / "run", "--method=ecl", "--train.max_steps=2", "--report_to=[tensorboard]")
+    run = train(tmp_path / "run", "--method=ecl", "--train.max_steps=2", "--report_to", "tensorboard")
     assert json.loads((run / "results.json").read_text())["mixed_precision"] == "bf16"
     assert all(tensor.dtype != torch.bfloat16 for tensor in weights(run).values())
     assert list(run.rglob("events.out.tfevents.*"))
@@ -162,6 +162,7 @@ def test_non_finite_loss_stops_the_run_and_names_the_terms(tmp_path):
         (["--batch_size=15", "--train.gradient_accumulation_steps=2"], "batch_size 15"),
         (["--model.architecture=resnet32_cifra"], "resnet32_cifar"),
         (["--model.pretrained=true"], "pretrained"),
+        (["--report_to", "telegraph"], "telegraph"),
         (["--model.pretrained=/no/such/weights.safetensors"], "weights.safetensors"),
     ],
 )

@@ -45,7 +45,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Recipe, Namespace]:
     Recipe.add_arguments(parser)
     parser.add_argument("--output_dir", type=Path, required=True, help="Run folder to write")
     parser.add_argument("--resume", action="store_true", help="Continue the run in output_dir, if there is one")
-    parser.add_argument("--report_to", type=list[str], default=[], help="Trackers: tensorboard, trackio, ...")
+    parser.add_argument("--report_to", nargs="+", default=[], help="Trackers: tensorboard, trackio, ...")
     args = parser.parse_args(argv)
     try:
         return Recipe.from_arguments(parser, args), args
@@ -72,18 +72,19 @@ def main(argv: Sequence[str] | None = None) -> Path:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     accumulation = recipe.train.gradient_accumulation_steps
-    accelerator = Accelerator(
-        gradient_accumulation_steps=accumulation,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        log_with=args.report_to or None,
-        project_dir=args.output_dir,
-    )
-    processes = accelerator.num_processes
-    say = tqdm.write if accelerator.is_main_process else (lambda _: None)
+    run = RunFolder(args.output_dir)
 
     # Everything that the user may have got wrong is found here, before anything is trained.
-    run = RunFolder(args.output_dir)
     try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=accumulation,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            log_with=args.report_to or None,
+            project_dir=args.output_dir,
+        )
+        if absent := set(args.report_to) - {tracker.value for tracker in accelerator.log_with}:
+            raise ValueError(f"report_to: {', '.join(absent)} is not installed")
+        processes = accelerator.num_processes
         if (launched := int(os.environ.get("WORLD_SIZE", 1))) != processes:
             raise ValueError(f"{launched} processes were launched, but each trains alone: set ACCELERATE_USE_CPU=true")
         if recipe.method not in METHODS:
@@ -105,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             run.open(recipe)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    say = tqdm.write if accelerator.is_main_process else (lambda _: None)
     if args.resume and run.finished:
         say(f"{run.path} is finished already\n{report(run)}")
         return run.path
@@ -195,26 +197,26 @@ def main(argv: Sequence[str] | None = None) -> Path:
         accelerator.gather_for_metrics,
     )
     if accelerator.is_main_process:
-        run.finish(
-            plain.model,
-            {
-                "method": recipe.method,
-                "seed": recipe.seed,
-                "finished": progress.step == total_steps,
-                "epochs": progress.epoch,
-                "steps": progress.step,
-                "test": summarise(predictions, data.class_counts),
-                "test_images": len(data.test),
-                "class_counts": data.class_counts,
-                "class_names": data.class_names,
-                "shot_groups": {name: int(mask.sum()) for name, mask in shot_groups(data.class_counts).items()},
-                **describe_model(plain.model),
-                "training_seconds": progress.total_seconds + progress.seconds,
-                "mixed_precision": accelerator.mixed_precision,
-                **describe_environment(processes, accelerator.device),
-                "recipe": asdict(recipe),
-            },
-        )
+        results = {
+            "method": recipe.method,
+            "seed": recipe.seed,
+            "finished": progress.step == total_steps,
+            "epochs": progress.epoch,
+            "steps": progress.step,
+            "test": summarise(predictions, counts),
+            "test_images": len(data.test),
+            "class_counts": counts,
+            "class_names": data.class_names,
+            "shot_groups": {name: int(mask.sum()) for name, mask in shot_groups(counts).items()},
+            **describe_model(plain.model),
+            "training_seconds": progress.total_seconds + progress.seconds,
+            "mixed_precision": accelerator.mixed_precision,
+            **describe_environment(processes, accelerator.device),
+            "recipe": asdict(recipe),
+        }
+        ensemble = results["test"]["plain"]["ensemble"].items()
+        accelerator.log({f"test/{name}": value for name, value in ensemble if value is not None}, step=progress.step)
+        run.finish(plain.model, results)
         say(report(run))
     accelerator.end_training()
     return run.path
