@@ -1,5 +1,6 @@
 """Configuration of an ECL ensemble: K timm encoders, each with a classification head."""
 
+import math
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -25,7 +26,7 @@ class ECLConfig(PreTrainedConfig):
         image_processor_type: image processor class that Auto classes and pipelines load.
 
     Raises:
-        ValueError: a value is out of range, or `class_counts` does not fit the number of labels.
+        StrictDataclassError: a value has the wrong type or is out of range, or `class_counts` does not fit the labels.
     """
 
     model_type = "ecl"
@@ -41,9 +42,18 @@ class ECLConfig(PreTrainedConfig):
     image_processor_type: str = "TimmWrapperImageProcessor"
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.class_counts is not None and not {"num_labels", "id2label"} & kwargs.keys():
-            kwargs["num_labels"] = len(self.class_counts)
+        if self.class_counts is not None and self.id2label is None:
+            kwargs.setdefault("num_labels", len(self.class_counts))
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "ECLConfig":
+        """Build from saved values; other labels given as arguments replace all that is saved about the classes."""
+        about_classes = ("num_labels", "id2label", "label2id", "class_counts")
+        given = {key: kwargs.pop(key) for key in about_classes if key in kwargs}
+        if {"num_labels", "id2label"} & given.keys():
+            config_dict = {key: value for key, value in config_dict.items() if key not in about_classes}
+        return super().from_dict({**config_dict, **given}, **kwargs)
 
     def validate_num_experts(self) -> None:
         """At least one expert."""
@@ -51,9 +61,9 @@ class ECLConfig(PreTrainedConfig):
             raise ValueError(f"num_experts must be at least 1, got {self.num_experts}")
 
     def validate_classifier_scale(self) -> None:
-        """A positive scale."""
-        if not self.classifier_scale > 0:
-            raise ValueError(f"classifier_scale must be positive, got {self.classifier_scale}")
+        """A positive, finite scale."""
+        if not 0 < self.classifier_scale < math.inf:
+            raise ValueError(f"classifier_scale must be positive and finite, got {self.classifier_scale}")
 
     def validate_class_counts(self) -> None:
         """One non-negative count for each label, and at least one image in all."""
@@ -61,7 +71,7 @@ class ECLConfig(PreTrainedConfig):
             if self.logit_prior == "train":
                 raise ValueError("logit_prior='train' needs class_counts: the prior that the logits carry")
             return
-        if len(self.class_counts) != self.num_labels:
+        if not self.class_counts or len(self.class_counts) != self.num_labels:
             raise ValueError(f"class_counts has {len(self.class_counts)} entries, but num_labels is {self.num_labels}")
         if min(self.class_counts) < 0 or sum(self.class_counts) == 0:
             raise ValueError("class_counts must be non-negative and hold at least one image")

@@ -9,7 +9,7 @@ import torch
 from ecl_hf.backbones import create_encoder
 from ecl_hf.configuration_ecl import ECLConfig
 from ecl_hf.methods import Method
-from ecl_hf.modeling_ecl import DATA_KEYS, ECLForImageClassification
+from ecl_hf.modeling_ecl import ECLForImageClassification, data_config
 from ecl_hf.recipe import ModelConfig
 
 
@@ -28,7 +28,7 @@ def initialise_model(
         ValueError: an unknown architecture, or pretrained weights that don't fit it.
         FileNotFoundError: no such file of pretrained weights.
     """
-    model_args, data_config, state = _encoder_settings(config)
+    model_args, pretrained_cfg, state = _encoder_settings(config)
     model = ECLForImageClassification(
         ECLConfig(
             architecture=config.architecture,
@@ -38,7 +38,7 @@ def initialise_model(
             class_counts=class_counts,
             logit_prior=method.logit_prior,
             model_args=model_args or None,
-            pretrained_cfg=data_config,
+            pretrained_cfg=pretrained_cfg,
             id2label=dict(enumerate(class_names)),
             label2id={name: c for c, name in enumerate(class_names)},
         )
@@ -59,10 +59,8 @@ def _encoder_settings(config: ModelConfig) -> tuple[dict[str, Any], dict[str, An
         own, state = _pretrained(config.architecture, config.pretrained, model_args)
     else:
         state = None
-    data_config = {key: own[key] for key in DATA_KEYS if own.get(key) is not None}
-    if config.image_size is not None:
-        data_config["input_size"] = (data_config["input_size"][0], config.image_size, config.image_size)
-    return model_args, data_config, state
+    size = {} if config.image_size is None else {"img_size": config.image_size}
+    return model_args, data_config(own, size), state
 
 
 def _pretrained(

@@ -80,10 +80,12 @@ def longtail_indices(labels: Sequence[int] | np.ndarray, counts: Sequence[int], 
         int64 positions, class after class, [sum(counts)].
 
     Raises:
-        ValueError: a label outside 0..C-1, or a class with fewer images than asked for.
+        ValueError: counts that are no whole numbers, a label outside 0..C-1, or a class with too few images.
     """
     labels = np.asarray(labels)
-    wanted = np.asarray(counts, dtype=np.int64)
+    wanted = np.asarray(counts)
+    if not np.issubdtype(wanted.dtype, np.integer) or wanted.min() < 0:
+        raise ValueError(f"counts must be non-negative whole numbers, got {wanted[:10]}")
     if len(labels) and (labels.min() < 0 or labels.max() >= len(wanted)):
         raise ValueError(f"labels reach from {labels.min()} to {labels.max()}, but there are {len(wanted)} classes")
     available = np.bincount(labels, minlength=len(wanted))

@@ -92,6 +92,16 @@ def create_head(config: ECLConfig, in_features: int) -> nn.Linear:
     return ECLHead(in_features, config.num_labels)
 
 
+def data_config(pretrained_cfg: dict[str, Any], model_args: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What an image processor must know of timm's `pretrained_cfg`, for a model built with these arguments."""
+    known = {key: pretrained_cfg[key] for key in DATA_KEYS if pretrained_cfg.get(key) is not None}
+    channels, height, width = known["input_size"]
+    size = (model_args or {}).get("img_size", (height, width))
+    height, width = (size, size) if isinstance(size, int) else size
+    known["input_size"] = ((model_args or {}).get("in_chans", channels), height, width)
+    return known
+
+
 class Expert(nn.Module):
     """One expert: encoder and classification head."""
 
@@ -130,8 +140,7 @@ class ECLForImageClassification(PreTrainedModel):
         super().__init__(config)
         self.experts = nn.ModuleList(Expert(config) for _ in range(config.num_experts))
         if config.pretrained_cfg is None:
-            own = self.experts[0].backbone.pretrained_cfg
-            config.pretrained_cfg = {key: own[key] for key in DATA_KEYS if own.get(key) is not None}
+            config.pretrained_cfg = data_config(self.experts[0].backbone.pretrained_cfg, config.model_args)
         self.post_init()
 
     @torch.no_grad()
@@ -207,17 +216,20 @@ class ECLForImageClassification(PreTrainedModel):
             hub = {key: kwargs.pop(key) for key in HUB_KEYS if key in kwargs}
             config = kwargs.pop("config", source)
             if not isinstance(config, PreTrainedConfig):
-                config = cls.config_class.from_pretrained(config, **hub)
+                config, kwargs = cls.config_class.from_pretrained(config, return_unused_kwargs=True, **hub, **kwargs)
             kwargs["state_dict"] = _read_experts(source, config.num_experts, experts, hub)
             kwargs["config"] = copy.deepcopy(config)
             kwargs["config"].num_experts = len(experts)
             source = None  # nothing more to read
         model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
-        if missing := sorted(key for key in info["missing_keys"] if ".backbone." in key):
+        # Left alone, these would be uninitialised memory.
+        absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+        if absent := sorted(key for key in absent if ".backbone." in key):
             raise ValueError(
-                f"{pretrained_model_name_or_path} has no weights for {len(missing)} encoder tensors of "
-                f"{model.config.architecture}, such as {missing[0]}; it is incomplete or made for another architecture"
+                f"{pretrained_model_name_or_path} has no fitting weights for {len(absent)} encoder tensors of "
+                f"{model.config.architecture}, such as {absent[0]}; it is incomplete or made for another architecture"
             )
+        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         return (model, info) if with_info else model
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:

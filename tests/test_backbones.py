@@ -1,0 +1,156 @@
+"""CIFAR ResNets against the architecture's own arithmetic, and as citizens of timm; refusals of create_encoder."""
+
+import math
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from ecl_hf.backbones import CifarBlock, create_encoder
+
+DEPTHS = (20, 32, 44, 56)
+
+
+def conv3x3_and_norm(fan_in, fan_out):
+    return 9 * fan_in * fan_out + 2 * fan_out
+
+
+def encoder_parameters(depth):
+    """He et al. 2016, Sec. 4.2: a stem, then three stages of (depth - 2) / 6 blocks of two convolutions each."""
+    total, width = conv3x3_and_norm(3, 16), 16
+    for stage_width in (16, 32, 64):
+        for _ in range((depth - 2) // 6):
+            total += conv3x3_and_norm(width, stage_width) + conv3x3_and_norm(stage_width, stage_width)
+            width = stage_width
+    return total
+
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_parameter_counts(depth):
+    encoder = create_encoder(f"resnet{depth}_cifar")
+    assert count(encoder) == encoder_parameters(depth)
+    assert sum(isinstance(module, nn.Conv2d) for module in encoder.modules()) == depth - 1  # and the classifier
+
+
+def test_resnet32_is_the_small_one():
+    assert count(create_encoder("resnet32_cifar")) == 463_504
+
+
+@pytest.mark.parametrize(("in_width", "width", "stride"), [(16, 16, 1), (16, 32, 2), (32, 64, 2), (4, 8, 1)])
+@pytest.mark.parametrize("size", [8, 7])
+def test_shortcut_subsamples_and_pads_with_zeros(in_width, width, stride, size):
+    block = CifarBlock(in_width, width, stride)
+    assert {name.split(".")[0] for name, _ in block.named_parameters()} == {"conv1", "bn1", "conv2", "bn2"}
+    nn.init.zeros_(block.bn2.weight)  # silences the residual branch
+    x = torch.randn(2, in_width, size, size)
+    out_size = math.ceil(size / stride)
+    expected = torch.zeros(2, width, out_size, out_size)
+    first = (width - in_width) // 2
+    for channel in range(in_width):
+        for row in range(out_size):
+            for column in range(out_size):
+                expected[:, first + channel, row, column] = x[:, channel, stride * row, stride * column].clamp_min(0)
+    assert torch.equal(block(x), expected)
+
+
+def test_block_adds_two_convolutions_to_the_shortcut():
+    block = CifarBlock(4, 4, 1).eval()
+    for norm in (block.bn1, block.bn2):
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+        norm.running_mean.normal_()
+    x = torch.randn(2, 4, 5, 5)
+
+    def conv_norm(x, conv, norm):
+        x = nn.functional.conv2d(x, conv.weight, padding=1)
+        mean, scale, bias = (t[:, None, None] for t in (norm.running_mean, norm.weight, norm.bias))
+        return (x - mean) / math.sqrt(1 + norm.eps) * scale + bias
+
+    inner = conv_norm(x, block.conv1, block.bn1).clamp_min(0)
+    assert_close(block(x), (conv_norm(inner, block.conv2, block.bn2) + x).clamp_min(0))
+
+
+def test_convolutions_are_kaiming_normal():
+    for module in create_encoder("resnet32_cifar").modules():
+        if isinstance(module, nn.Conv2d):
+            weight = module.weight.detach().double()
+            std = math.sqrt(2 / (9 * module.in_channels))
+            n = weight.numel()
+            assert abs(weight.std().item() / std - 1) < 5 / math.sqrt(2 * n)
+            assert abs(weight.mean().item()) < 5 * std / math.sqrt(n)
+            assert weight.abs().max() > 2 * std  # a uniform distribution of this std ends at 1.73
+
+
+def test_names_are_registered_with_timm():
+    assert set(timm.list_models("*_cifar")) >= {f"resnet{depth}_cifar" for depth in DEPTHS}
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_is_a_timm_model(size):
+    model = timm.create_model("resnet20_cifar", num_classes=7).eval()
+    x = torch.randn(2, 3, size, size)
+    features = model.forward_features(x)
+    assert features.shape == (2, model.num_features, size // 4, size // 4)
+    pooled = model.forward_head(features, pre_logits=True)
+    assert_close(pooled, features.mean((2, 3)))
+    logits = model(x)
+    assert logits.shape == (2, 7)
+    assert_close(logits, pooled @ model.get_classifier().weight.T + model.get_classifier().bias)
+    assert torch.equal(model.forward_head(features), logits)
+
+
+def test_reset_classifier():
+    model = timm.create_model("resnet20_cifar", num_classes=7).eval()
+    x = torch.randn(2, 3, 32, 32)
+    pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+    model.reset_classifier(3)
+    assert model.num_classes == 3
+    assert model(x).shape == (2, 3)
+    model.reset_classifier(0)
+    assert torch.equal(model(x), pooled)
+
+
+def test_timm_arguments_arrive():
+    model = timm.create_model("resnet20_cifar", num_classes=4, in_chans=1, drop_rate=0.5, global_pool="max")
+    x = torch.randn(2, 1, 16, 16)
+    features = model.eval().forward_features(x)
+    pooled = features.amax((2, 3))
+    assert torch.equal(model.forward_head(features, pre_logits=True), pooled)
+    dropped = model.train().forward_head(features, pre_logits=True)
+    kept = dropped != 0
+    assert (pooled[~kept] > 0).any()
+    assert_close(dropped[kept], 2 * pooled[kept])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "size"), [("resnet32_cifar", 32), ("test_resnet", 64), ("test_efficientnet.r160_in1k", 64)]
+)
+def test_encoder_gives_pooled_features(architecture, size):
+    encoder = create_encoder(architecture).eval()
+    assert encoder(torch.randn(2, 3, size, size)).shape == (2, encoder.head_hidden_size)
+
+
+def test_model_args_arrive():
+    assert create_encoder("resnet20_cifar", in_chans=5).conv1.in_channels == 5
+
+
+@pytest.mark.parametrize(("wrong", "close"), [("resnet32_cifr", "resnet32_cifar"), ("resnet5O", "resnet50")])
+def test_unknown_name_suggests_close_ones(wrong, close):
+    with pytest.raises(ValueError, match=rf"{wrong}.*did you mean.*\b{close}\b"):
+        create_encoder(wrong)
+
+
+def test_unknown_name_without_a_close_one():
+    with pytest.raises(ValueError, match=r"'\?!'.*timm\.list_models"):
+        create_encoder("?!")
+
+
+def test_shared_modules_are_refused():
+    with pytest.raises(ValueError, match="coat_tiny uses one module in two places"):
+        create_encoder("coat_tiny")

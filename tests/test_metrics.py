@@ -1,0 +1,181 @@
+"""Reported numbers against loops over single images."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ecl_hf.metrics import expected_calibration_error, feature_distance, group_accuracy, shot_groups
+
+
+def group_of(count):
+    return next(name for name, mask in shot_groups([count]).items() if mask.item())
+
+
+def accuracy_by_loop(predictions, labels, counts):
+    correct = {"overall": [], "many": [], "medium": [], "few": []}
+    for prediction, label in zip(predictions.tolist(), labels.tolist(), strict=True):
+        count = counts[label]
+        group = "many" if count > 100 else "few" if count < 20 else "medium"
+        for name in ("overall", group):
+            correct[name].append(prediction == label)
+    return {name: sum(hits) / len(hits) if hits else None for name, hits in correct.items()}
+
+
+def ece_by_loop(probabilities, labels, num_bins):
+    """Bins of equal width on the confidence; the confidence 1 belongs to the last bin."""
+    probabilities = np.asarray(probabilities, dtype=np.float64)
+    bins = [[] for _ in range(num_bins)]
+    for row, label in zip(probabilities, labels.tolist(), strict=True):
+        confidence = row.max()
+        bins[min(int(confidence * num_bins), num_bins - 1)].append((confidence, row.argmax() == label))
+    error = 0.0
+    for members in bins:
+        if members:
+            confidence, accuracy = np.mean(members, axis=0)
+            error += len(members) / len(labels) * abs(accuracy - confidence)
+    return error
+
+
+def binary_rows(confidences):
+    confidences = torch.tensor(confidences, dtype=torch.double)
+    return torch.stack([confidences, 1 - confidences], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("count", "group"),
+    [(0, "few"), (19, "few"), (20, "medium"), (100, "medium"), (101, "many"), (5000, "many")],
+)
+def test_shot_group_boundaries(count, group):
+    assert group_of(count) == group
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor])
+def test_shot_groups_are_masks_that_part_the_classes(kind):
+    groups = shot_groups(kind([500, 101, 100, 20, 19, 0]))
+    assert {name: mask.tolist() for name, mask in groups.items()} == {
+        "many": [True, True, False, False, False, False],
+        "medium": [False, False, True, True, False, False],
+        "few": [False, False, False, False, True, True],
+    }
+    assert all(mask.dtype == torch.bool for mask in groups.values())
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        [300, 101, 100, 20, 19, 2],
+        [300, 200, 150, 120, 110, 101],
+        [300, 200, 50, 40, 30, 20],
+        [50] * 6,
+        [1] * 6,
+        [19, 300, 20, 101, 2, 100],
+    ],
+)
+def test_group_accuracy_against_a_loop(counts):
+    labels = torch.randint(6, (200,))
+    predictions = torch.where(torch.rand(200) < 0.5, labels, torch.randint(6, (200,)))
+    measured, expected = group_accuracy(predictions, labels, counts), accuracy_by_loop(predictions, labels, counts)
+    assert measured.keys() == expected.keys()
+    for name, value in expected.items():
+        assert measured[name] == (None if value is None else pytest.approx(value, rel=1e-12))
+
+
+def test_group_accuracy_without_test_images_is_none():
+    """Group *few* has a class, but the test set holds no image of it; *medium* has no class at all."""
+    result = group_accuracy(torch.tensor([0, 1]), torch.tensor([0, 0]), [500, 3])
+    assert result == {"overall": 0.5, "many": 0.5, "medium": None, "few": None}
+
+
+def test_group_accuracy_of_no_hit_is_zero():
+    result = group_accuracy(torch.tensor([1, 0]), torch.tensor([0, 1]), [500, 3])
+    assert result == {"overall": 0.0, "many": 0.0, "medium": None, "few": 0.0}
+
+
+def test_group_accuracy_refuses_unlike_shapes():
+    with pytest.raises(ValueError, match=r"\[2\].*\[1\]"):
+        group_accuracy(torch.tensor([0, 1]), torch.tensor([0]), [5, 5])
+
+
+@pytest.mark.parametrize("num_bins", [1, 10, 15])
+@pytest.mark.parametrize("num_classes", [2, 4, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ece_against_a_loop(num_bins, num_classes, dtype):
+    probabilities = (4 * torch.randn(300, num_classes, dtype=dtype)).softmax(-1)
+    probabilities[:20] = torch.eye(num_classes, dtype=dtype)[torch.randint(num_classes, (20,))]  # confidence 1
+    labels = torch.where(torch.rand(300) < 0.6, probabilities.argmax(-1), torch.randint(num_classes, (300,)))
+    expected = ece_by_loop(probabilities, labels, num_bins)
+    assert expected > 0.01
+    assert expected_calibration_error(probabilities, labels, num_bins) == pytest.approx(expected, abs=1e-12)
+
+
+def test_ece_has_15_bins_by_default():
+    probabilities, labels = torch.randn(300, 5).softmax(-1), torch.randint(5, (300,))
+    assert expected_calibration_error(probabilities, labels) == pytest.approx(ece_by_loop(probabilities, labels, 15))
+    assert ece_by_loop(probabilities, labels, 15) != pytest.approx(ece_by_loop(probabilities, labels, 10))
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_ece_of_the_smallest_confidence(num_classes):
+    """Uniform rows: the confidence is 1 / C, and the first class is predicted."""
+    probabilities = torch.full((4, num_classes), 1 / num_classes)
+    assert expected_calibration_error(probabilities, torch.tensor([0, 0, 0, 1])) == pytest.approx(
+        0.75 - 1 / num_classes
+    )
+
+
+def test_ece_of_confidence_one():
+    """A certain mistake shares the last bin with confidences just below one, and is not lost."""
+    certain = binary_rows([1.0, 1.0])
+    assert expected_calibration_error(certain, torch.tensor([0, 0])) == pytest.approx(0, abs=1e-12)
+    assert expected_calibration_error(certain, torch.tensor([1, 1])) == pytest.approx(1)
+    mixed = expected_calibration_error(binary_rows([1.0, 0.95]), torch.tensor([1, 0]))
+    assert mixed == pytest.approx(abs(0.5 - (1.0 + 0.95) / 2))
+
+
+@pytest.mark.parametrize("num_bins", [4, 15])
+def test_ece_bins_end_at_equal_distances(num_bins):
+    """A hit and a miss around an inner edge lie in two bins; on the same side of it, in one."""
+    for edge in (e / num_bins for e in range(num_bins // 2 + 1, num_bins)):
+        below, above, further = edge - 1e-6, edge + 1e-6, edge + 2e-6
+        apart = expected_calibration_error(binary_rows([below, above]), torch.tensor([0, 1]), num_bins)
+        assert apart == pytest.approx((1 - below + above) / 2)
+        together = expected_calibration_error(binary_rows([further, above]), torch.tensor([0, 1]), num_bins)
+        assert together == pytest.approx(abs(0.5 - (further + above) / 2))
+
+
+@pytest.mark.parametrize(
+    ("bins", "expected"),
+    [
+        ([(0.9, 9, 10), (0.75, 3, 4), (0.5, 1, 2)], 0.0),  # calibrated
+        ([(0.9, 5, 10)], 0.4),  # too confident
+        ([(0.6, 10, 10)], 0.4),  # too modest
+        ([(0.9, 0, 5), (0.6, 15, 15)], (5 * 0.9 + 15 * 0.4) / 20),  # the two do not cancel
+    ],
+)
+def test_ece_known_answers(bins, expected):
+    confidences = [confidence for confidence, _, size in bins for _ in range(size)]
+    labels = [int(i >= hits) for _, hits, size in bins for i in range(size)]
+    assert expected_calibration_error(binary_rows(confidences), torch.tensor(labels)) == pytest.approx(
+        expected, abs=1e-12
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_feature_distance_against_a_loop(dtype):
+    a, b = torch.randn(2, 30, 6, dtype=dtype)
+    labels = torch.randint(4, (30,))
+    by_class = [[] for _ in range(5)]
+    for i, label in enumerate(labels.tolist()):
+        by_class[label].append(math.sqrt(sum((a[i, d].item() - b[i, d].item()) ** 2 for d in range(6))))
+    expected = torch.tensor([np.mean(distances) if distances else math.nan for distances in by_class], dtype=dtype)
+    assert expected[4].isnan()
+    assert_close(feature_distance(a, b, labels, 5), expected, equal_nan=True)
+    assert_close(feature_distance(b, a, labels, 5), expected, equal_nan=True)
+
+
+def test_feature_distance_of_equal_features_is_zero():
+    features = torch.randn(6, 3)
+    assert feature_distance(features, features, torch.tensor([0, 0, 1, 1, 2, 2]), 3).tolist() == [0, 0, 0]
