@@ -2,9 +2,11 @@
 
 import csv
 import json
+import shutil
 import statistics
 from pathlib import Path
 
+import evaluate
 import numpy as np
 import predict
 import pytest
@@ -63,6 +65,23 @@ def test_unreadable_picture_is_named(run, tmp_path, name, content):
         (tmp_path / name).write_text(content)
     with pytest.raises(SystemExit, match=name):
         predict.main([f"--run={run}", str(tmp_path / name)])
+
+
+def test_evaluation_repeats_the_results_of_the_run(run, tmp_path):
+    evaluate.main([f"--model={run / 'model'}", f"--recipe={run / 'recipe.yaml'}", f"--output={tmp_path / 'test.json'}"])
+    ours, theirs = (json.loads(path.read_text()) for path in (tmp_path / "test.json", run / "results.json"))
+    for key in ("test", "test_images", "class_counts", "class_names", "parameters", "macs"):
+        assert ours[key] == theirs[key]
+
+
+def test_evaluation_refuses_other_classes(run, tmp_path):
+    config = json.loads((run / "model" / "config.json").read_text())
+    shutil.copytree(run / "model", tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps(config | {"id2label": config["id2label"] | {"3": "three"}})
+    )
+    with pytest.raises(SystemExit, match="'three' against '3'"):
+        evaluate.main([f"--model={tmp_path / 'model'}", f"--recipe={run / 'recipe.yaml'}"])
 
 
 def test_comparison_runs_skips_and_renders(tmp_path):
