@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
@@ -47,15 +48,15 @@ def load_longtailed(config: DataConfig) -> LongTailedData:
             images for the profile; the message names it.
     """
     name = config.path or config.source
-    splits = _digits() if name == "digits" else _load_splits(config, name)
+    splits = _digits() if config.path is None and name == "digits" else _load_splits(config, name)
     image_column, label_column = _columns(splits["train"], config, name)
     train, test = (split.select_columns([image_column, label_column]) for split in splits.values())
     train, test = (s.rename_columns({image_column: "image", label_column: "label"}) for s in (train, test))
 
-    labels = np.asarray(train["label"][:])
-    class_names = _class_names(train, np.concatenate([labels, np.asarray(test["label"][:])]))
+    class_names = _class_names(train)
     for split_name, split in ((config.train_split, train), (config.test_split, test)):
-        _check_labels(np.asarray(split["label"][:]), class_names, f"{name}, split {split_name}, column {label_column}")
+        _check_labels(split["label"][:], class_names, f"{name}, split {split_name}, column {label_column}")
+    labels = np.asarray(train["label"][:])
     available = np.bincount(labels, minlength=len(class_names))
     if empty := [class_names[c] for c in np.flatnonzero(available == 0)]:
         raise ValueError(f"{name} has no training image of {len(empty)} classes: {', '.join(empty[:10])}")
@@ -87,6 +88,8 @@ def _load_splits(config: DataConfig, name: str) -> dict[str, datasets.Dataset]:
         loaded = datasets.load_dataset(name)
     except (datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DataFilesNotFoundError, ConnectionError) as e:
         raise FileNotFoundError(f"can't load the data set {name}: {e}") from e
+    except (datasets.exceptions.DatasetsError, RuntimeError, ValueError) as e:  # scripts, damaged or empty files
+        raise ValueError(f"can't read the data set {name}: {e.__cause__ or e}") from e
     for field, split in (("train_split", config.train_split), ("test_split", config.test_split)):
         if split not in loaded:
             raise ValueError(f"{name} has no split {split!r} (data.{field}); it has {', '.join(loaded)}")
@@ -138,22 +141,29 @@ def _columns(dataset: datasets.Dataset, config: DataConfig, name: str) -> tuple[
     return image, label
 
 
-def _class_names(dataset: datasets.Dataset, labels: np.ndarray) -> list[str]:
+def _class_names(dataset: datasets.Dataset) -> list[str]:
+    """As stored; plain integers are their own names."""
     feature = dataset.features["label"]
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
-    return [str(c) for c in range(int(labels.max()) + 1)]
+    largest = max((label for label in dataset["label"][:] if label is not None), default=-1)
+    return [str(c) for c in range(min(largest + 1, len(dataset)))]  # more classes than images can't be
 
 
-def _check_labels(labels: np.ndarray, class_names: list[str], where: str) -> None:
-    if not len(labels):
+def _check_labels(labels: list[int | None], class_names: list[str], where: str) -> None:
+    wrong = [row for row, label in enumerate(labels) if label is None or not 0 <= label < len(class_names)]
+    if wrong:
+        row, last = wrong[0], len(class_names) - 1
+        raise ValueError(f"{where}: row {row} has label {labels[row]}, outside 0..{last} ({len(wrong)} such rows)")
+    if not labels:
         raise ValueError(f"{where}: no images")
-    wrong = np.flatnonzero([label is None or not 0 <= label < len(class_names) for label in labels.tolist()])
-    if len(wrong):
-        row = wrong[0]
-        raise ValueError(
-            f"{where}: row {row} has label {labels[row]}, outside 0..{len(class_names) - 1} ({len(wrong)} such rows)"
-        )
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any picture as 8-bit RGB; 16-bit greys keep their upper eight bits, where PIL would cut everything above 255."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 class ViewDataset(torch.utils.data.Dataset):
@@ -185,14 +195,14 @@ class ViewDataset(torch.utils.data.Dataset):
         try:
             with torch.random.fork_rng(devices=[]):
                 return [
-                    self._item(index, image.convert("RGB"), label)
+                    self._item(index, to_rgb(image), label)
                     for index, image, label in zip(indices, rows["image"], rows["label"], strict=True)
                 ]
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
 
-    def _item(self, index: int, image: Any, label: int) -> dict[str, Any]:
+    def _item(self, index: int, image: Image.Image, label: int) -> dict[str, Any]:
         seed = int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0])
         torch.default_generator.manual_seed(seed)
         random.seed(seed)

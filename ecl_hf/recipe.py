@@ -1,10 +1,21 @@
 """A training run as one typed value, filled by a file of `training/recipes` and flags of `training/train.py`."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
+
+
+def _check_values(section: Any, prefix: str) -> None:
+    """Refuse an empty value where one is needed, and numbers that are not finite."""
+    for item in fields(section):
+        value = getattr(section, item.name)
+        _require(value is not None or "None" in str(item.type), f"{prefix}{item.name} has no value")
+        _require(
+            not isinstance(value, float) or math.isfinite(value), f"{prefix}{item.name} must be finite, got {value}"
+        )
 
 
 def _require(holds: bool, message: str) -> None:
@@ -44,11 +55,13 @@ class DataConfig:
     """Data-loading processes of each training process."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "data.")
         _require(self.imbalance_factor >= 1, f"data.imbalance_factor must be at least 1, got {self.imbalance_factor}")
         _require(
             self.max_count is None or self.max_count >= 1, f"data.max_count must be at least 1, got {self.max_count}"
         )
-        _require(self.num_workers >= 0, f"data.num_workers must not be negative, got {self.num_workers}")
+        for name in ("split_seed", "num_workers"):
+            _require(getattr(self, name) >= 0, f"data.{name} must not be negative, got {getattr(self, name)}")
 
 
 @dataclass(kw_only=True)
@@ -69,6 +82,8 @@ class ModelConfig:
     """Side of the square input in pixels; the architecture's own when not given."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "model.")
+        _require(self.classifier_scale > 0, f"model.classifier_scale must be positive, got {self.classifier_scale}")
         _require(self.num_experts >= 1, f"model.num_experts must be at least 1, got {self.num_experts}")
         _require(
             self.image_size is None or self.image_size >= 8,
@@ -102,6 +117,7 @@ class LossConfig:
     """Width of the contrastive projections."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "loss.")
         for name in ("alpha_logit", "alpha_feature", "beta", "tau"):
             _require(getattr(self, name) >= 0, f"loss.{name} must not be negative, got {getattr(self, name)}")
         for name in ("temperature", "contrast_temperature", "queue_size", "projection_dim"):
@@ -121,6 +137,7 @@ class OptimConfig:
     """Weight decay of all parameters."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "optim.")
         _require(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
         _require(0 <= self.momentum < 1, f"optim.momentum must lie in [0, 1), got {self.momentum}")
         _require(self.weight_decay >= 0, f"optim.weight_decay must not be negative, got {self.weight_decay}")
@@ -142,6 +159,7 @@ class TrainConfig:
     """Stop after this many optimiser steps with a checkpoint; the schedule stays that of all epochs."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "train.")
         for name in ("gradient_accumulation_steps", "checkpoint_every", "keep_last"):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
         _require(
@@ -168,6 +186,7 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        _check_values(self, "")
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         _require(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
         _require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
@@ -180,6 +199,8 @@ class Recipe:
     @classmethod
     def from_arguments(cls, parser: ArgumentParser, arguments: Namespace) -> "Recipe":
         """The recipe among parsed arguments; a value out of range is a ValueError that names its key."""
+        for section in (item.name for item in fields(cls) if is_dataclass(item.type)):
+            _require(isinstance(arguments[section], Namespace), f"{section} must be a section with keys of its own")
         values = parser.instantiate(arguments)
         return cls(**{name: values[name] for name in cls.__dataclass_fields__})
 

@@ -66,9 +66,10 @@ def test_key_side_starts_as_a_copy_of_its_own():
 
 def test_first_keys_are_the_normalised_query_projections():
     encoder, projector = query_side()
-    images = draw_images()
-    keys = MomentumEncoder(encoder, projector)(images)
-    assert_close(keys, F.normalize(projector(encoder(images)), dim=-1))
+    images = draw_images().requires_grad_()
+    queries, keys = F.normalize(projector(encoder(images)), dim=-1), MomentumEncoder(encoder, projector)(images)
+    assert_close(keys, queries.detach())
+    assert queries.requires_grad
     assert not keys.requires_grad
 
 
@@ -127,6 +128,17 @@ def test_each_expert_has_its_own_key_side():
                 expected = 0.25 * old[name] + 0.75 * parameter.detach()
                 assert_close(task.momentum.get_parameter(name).detach(), expected, rtol=1e-5, atol=1e-6)
     assert followed == old.keys()
+
+
+def test_projectors_are_those_of_moco_v2():
+    task = build_task()
+    width = task.model.experts[0].head.in_features
+    for projector in task.projectors:
+        first, activation, second = projector
+        assert isinstance(activation, nn.ReLU)
+        assert (first.weight.shape, second.weight.shape) == ((width, width), (5, width))
+        assert first.bias is not None
+        assert second.bias is not None
 
 
 def test_forward_leaves_queues_and_momentum_parameters_alone():

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser
 from PIL import Image, UnidentifiedImageError
 
 import ecl_hf  # noqa: F401  (registers the model with transformers)
-from ecl_hf.data import load_longtailed
+from ecl_hf.data import load_longtailed, to_rgb
 from ecl_hf.recipe import Recipe
 from ecl_hf.runs import RunFolder
 
@@ -24,7 +24,7 @@ def test_pictures(run: RunFolder, how_many: int) -> list[tuple[str, Image.Image]
     """Pictures of a run's test split with their class names, spread evenly over it."""
     data = load_longtailed(Recipe.from_file(run.recipe_file).data)
     rows = data.test.select(np.linspace(0, len(data.test) - 1, how_many).astype(int))
-    return [(data.class_names[row["label"]], row["image"].convert("RGB")) for row in rows]
+    return [(data.class_names[row["label"]], to_rgb(row["image"])) for row in rows]
 
 
 def main(argv: Sequence[str] | None = None) -> list[list[dict[str, str | float]]]:
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> list[list[dict[str, str | float]]
 
     try:
         if args.images:
-            pictures = [(str(path), Image.open(path).convert("RGB")) for path in args.images]
+            pictures = [(str(path), to_rgb(Image.open(path))) for path in args.images]
         else:
             pictures = test_pictures(RunFolder(args.run), args.how_many)
     except (OSError, ValueError, UnidentifiedImageError) as error:

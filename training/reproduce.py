@@ -10,7 +10,6 @@ run and the table, as Markdown and CSV, go to `training/results/<recipe>`.
 import csv
 import io
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -121,9 +120,12 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
                 flags = ["--recipe", str(args.recipe), "--output_dir", str(run.path), "--seed", str(seed), "--resume"]
                 subprocess.run([sys.executable, TRAIN, *flags, *CELLS[cell], *args.flags.split()], check=True)
             if run.finished:
-                results.setdefault(cell, []).append(json.loads(run.results_file.read_text()))
+                result = json.loads(run.results_file.read_text())
+                if path := result["recipe"]["data"]["path"]:
+                    result["recipe"]["data"]["path"] = Path(path).name  # the folder's place is this machine's affair
+                results.setdefault(cell, []).append(result)
                 (target / cell).mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(run.results_file, target / cell / f"seed{seed}.json")
+                write_atomically(target / cell / f"seed{seed}.json", json.dumps(result, indent=1) + "\n")
             else:
                 missing.append(f"{cell} seed {seed}")
     if not results:

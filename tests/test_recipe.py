@@ -1,0 +1,300 @@
+"""The paper's numbers in defaults and recipe files, and what a mistake in a file is answered with."""
+
+from argparse import ArgumentError
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+from jsonargparse import ArgumentParser
+
+from ecl_hf.longtail import exponential_counts
+from ecl_hf.methods import METHODS
+from ecl_hf.recipe import DataConfig, LossConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
+from ecl_hf.runs import flatten
+
+FILES = sorted((Path(__file__).parents[1] / "training" / "recipes").glob("*.yaml"))
+
+# CIFAR-100-LT (Sec. VI-C); where the paper is silent, the value that changes nothing.
+PAPER = {
+    "method": "ecl",
+    "seed": 0,
+    "epochs": 200,
+    "batch_size": 64,
+    "data.source": "uoft-cs/cifar100",
+    "data.path": None,
+    "data.image_column": None,
+    "data.label_column": None,
+    "data.train_split": "train",
+    "data.test_split": "test",
+    "data.profile": "exponential",
+    "data.imbalance_factor": 100.0,
+    "data.max_count": None,
+    "data.split_seed": 0,
+    "data.augmentation": "cifar",
+    "data.horizontal_flip": True,
+    "data.num_workers": 0,
+    "model.architecture": "resnet32_cifar",
+    "model.pretrained": False,
+    "model.num_experts": 3,
+    "model.classifier": "linear",
+    "model.classifier_scale": 16.0,
+    "model.image_size": None,
+    "loss.sup_reduction": "mean",
+    "loss.alpha_logit": 0.6,
+    "loss.alpha_feature": 0.6,
+    "loss.beta": 1.0,
+    "loss.tau": 1.0,
+    "loss.temperature": 1.0,
+    "loss.contrast_temperature": 0.2,
+    "loss.key_momentum": 0.999,
+    "loss.queue_size": 1024,
+    "loss.projection_dim": 64,
+    "optim.lr": 0.01,
+    "optim.momentum": 0.9,
+    "optim.weight_decay": 0.005,
+    "train.gradient_accumulation_steps": 1,
+    "train.compile": False,
+    "train.checkpoint_every": 10,
+    "train.keep_last": 2,
+    "train.max_steps": None,
+}
+
+CHANGES = {
+    "cifar100_lt": {"data.label_column": "fine_label"},
+    "cifar100_lt_16px": {
+        "data.label_column": "fine_label",
+        "model.architecture": "resnet20_cifar",
+        "model.image_size": 16,
+    },
+    "cifar10_lt": {"data.source": "uoft-cs/cifar10"},
+    "cifar10_lt_small": {
+        "epochs": 150,
+        "data.source": "uoft-cs/cifar10",
+        "data.max_count": 500,
+        "model.architecture": "resnet20_cifar",
+        "model.image_size": 16,
+        "loss.sup_reduction": "sum",
+        "optim.lr": 0.05,
+    },
+    "quickstart": {
+        "epochs": 30,
+        "batch_size": 32,
+        "data.source": "digits",
+        "data.max_count": 130,
+        "data.imbalance_factor": 20.0,
+        "data.horizontal_flip": False,
+        "model.architecture": "resnet20_cifar",
+        "loss.sup_reduction": "sum",
+        "optim.lr": 0.05,
+    },
+}
+
+
+def from_text(tmp_path, text):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    return Recipe.from_file(file)
+
+
+def nested(key, value):
+    """The YAML text of a dotted key."""
+    tree = value
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    return yaml.safe_dump(tree)
+
+
+def test_defaults_are_the_papers():
+    assert flatten(asdict(Recipe())) == PAPER
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_recipe_files(file):
+    recipe = Recipe.from_file(file)
+    assert flatten(asdict(recipe)) == PAPER | CHANGES[file.stem]
+    assert recipe.method in METHODS
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes", "largest", "total"),
+    [
+        ("cifar100_lt", 100, 500, 10_847),
+        ("cifar100_lt_16px", 100, 500, 10_847),
+        ("cifar10_lt", 10, 5000, 12_406),
+        ("cifar10_lt_small", 10, 5000, 1_236),
+        ("quickstart", 10, 134, 438),
+    ],
+)
+def test_training_images_of_the_recipe_files(name, num_classes, largest, total):
+    data = Recipe.from_file(next(file for file in FILES if file.stem == name)).data
+    assert sum(exponential_counts(num_classes, data.max_count or largest, data.imbalance_factor)) == total
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("sead: 1", ["sead"]),
+        ("data:\n  sauce: digits", ["data", "sauce"]),
+        ("optim:\n  learning_rate: 0.1", ["optim", "learning_rate"]),
+        ("train:\n  loss:\n    tau: 1.0", ["train", "loss"]),
+    ],
+)
+def test_unknown_key_is_named(text, words, tmp_path):
+    with pytest.raises(ArgumentError, match="(?s)" + ".*".join(f"{word}\\b" for word in words)):
+        from_text(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("epochs", "many"),
+        ("epochs", 1.5),
+        ("seed", [1, 2]),
+        ("data.imbalance_factor", "ten"),
+        ("data.profile", "linear"),
+        ("data.augmentation", "none"),
+        ("data.horizontal_flip", 3),
+        ("data.max_count", 2.5),
+        ("model.num_experts", True),
+        ("model.classifier", "euclidean"),
+        ("model.pretrained", {"file": "weights"}),
+        ("loss.sup_reduction", "median"),
+        ("loss.queue_size", 0.5),
+        ("optim.lr", "fast"),
+        ("train.compile", "perhaps"),
+    ],
+)
+def test_wrong_type_is_named(key, value, tmp_path):
+    with pytest.raises(ArgumentError, match=f'"{key}"'):
+        from_text(tmp_path, nested(key, value))
+
+
+@pytest.mark.parametrize(
+    ("key", "allowed", "refused"),
+    [
+        ("seed", [0], [-1]),
+        ("epochs", [1], [0, -3]),
+        ("batch_size", [1], [0]),
+        ("data.imbalance_factor", [1], [0.99, -10, float("nan")]),
+        ("data.max_count", [1], [0, -1]),
+        ("data.num_workers", [0], [-1]),
+        ("model.num_experts", [1], [0]),
+        ("model.image_size", [8], [7, 0]),
+        ("loss.alpha_logit", [0], [-0.1, float("nan")]),
+        ("loss.alpha_feature", [0], [-0.1]),
+        ("loss.beta", [0], [-1]),
+        ("loss.tau", [0], [-0.5]),
+        ("loss.temperature", [0.01], [0, -1]),
+        ("loss.contrast_temperature", [0.01], [0, -0.2]),
+        ("loss.queue_size", [1], [0]),
+        ("loss.projection_dim", [1], [0]),
+        ("loss.key_momentum", [0, 1], [-0.001, 1.001, float("nan")]),
+        ("optim.lr", [1e-9], [0, -0.1, float("nan")]),
+        ("optim.momentum", [0, 0.999], [1, -0.1]),
+        ("optim.weight_decay", [0], [-0.005]),
+        ("train.gradient_accumulation_steps", [1], [0]),
+        ("train.checkpoint_every", [1], [0]),
+        ("train.keep_last", [1], [0]),
+        ("train.max_steps", [1], [0]),
+    ],
+)
+def test_range_of_every_bounded_key(key, allowed, refused, tmp_path):
+    for value in allowed:
+        assert flatten(asdict(from_text(tmp_path, nested(key, value))))[key] == value
+    for value in refused:
+        with pytest.raises(ValueError, match=rf"^{key} must .*, got "):
+            from_text(tmp_path, nested(key, value))
+
+
+@pytest.mark.parametrize("text", ["5e-3", "0.005", "5.0e-3", "'5e-3'", ".5e-2"])
+def test_number_in_scientific_notation(text, tmp_path):
+    recipe = from_text(tmp_path, f"optim:\n  lr: {text}\n")
+    assert type(recipe.optim.lr) is float
+    assert recipe.optim.lr == 0.005
+
+
+def test_whole_number_for_a_float_is_a_float(tmp_path):
+    recipe = from_text(tmp_path, "data:\n  imbalance_factor: 50\n")
+    assert type(recipe.data.imbalance_factor) is float
+    assert recipe.data.imbalance_factor == 50
+
+
+@pytest.mark.parametrize(
+    ("text", "pretrained"), [("true", True), ("false", False), ("timm/resnet18.a1_in1k", "timm/resnet18.a1_in1k")]
+)
+def test_pretrained_is_a_switch_or_a_name(text, pretrained, tmp_path):
+    found = from_text(tmp_path, f"model:\n  pretrained: {text}\n").model.pretrained
+    assert type(found) is type(pretrained)
+    assert found == pretrained
+
+
+OTHER = Recipe(
+    method="bkt",
+    seed=7,
+    epochs=3,
+    batch_size=10,
+    data=DataConfig(
+        source="digits",
+        path="/data/weeds 2: new",
+        image_column="img",
+        label_column="123",
+        train_split="null",
+        profile="pareto",
+        imbalance_factor=12.5,
+        max_count=40,
+        split_seed=9,
+        augmentation="imagenet",
+        horizontal_flip=False,
+        num_workers=2,
+    ),
+    model=ModelConfig(pretrained="weights.safetensors", num_experts=2, classifier="cosine", image_size=64),
+    loss=LossConfig(sup_reduction="sum", alpha_logit=0.0, beta=1e-7, key_momentum=1.0, queue_size=5),
+    optim=OptimConfig(lr=1e-5, momentum=0.0, weight_decay=5e-4),
+    train=TrainConfig(gradient_accumulation_steps=2, compile=True, checkpoint_every=1, keep_last=1, max_steps=17),
+)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), OTHER], ids=["defaults", "other"])
+def test_written_recipe_is_read_back_equal(recipe, tmp_path):
+    again = from_text(tmp_path, yaml.safe_dump(asdict(recipe)))
+    assert again == recipe
+    assert {key: type(value) for key, value in flatten(asdict(again)).items()} == {
+        key: type(value) for key, value in flatten(asdict(recipe)).items()
+    }
+
+
+def test_flags_override_the_recipe_file():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--recipe", action="config")
+    Recipe.add_arguments(parser)
+    file = next(file for file in FILES if file.stem == "cifar10_lt_small")
+    flags = [f"--recipe={file}", "--optim.lr=5e-3", "--data.max_count=7", "--model.pretrained=true", "--seed", "4"]
+    recipe = Recipe.from_arguments(parser, parser.parse_args(flags))
+    expected = {"optim.lr": 0.005, "data.max_count": 7, "model.pretrained": True, "seed": 4}
+    assert flatten(asdict(recipe)) == PAPER | CHANGES["cifar10_lt_small"] | expected
+
+
+def test_configurations_are_not_shared():
+    first, second = Recipe(), Recipe()
+    first.loss.beta = 0.0
+    assert second.loss.beta == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nbatch_size:\n", "batch_size has no value"),
+        ("data:\n  horizontal_flip:\n", r"data\.horizontal_flip has no value"),
+        ("loss:\n  sup_reduction:\n", r"loss\.sup_reduction has no value"),
+        ("seed: 1\ndata:\n", "data must be a section"),
+        ("loss: 3\n", "loss"),
+        ("optim:\n  lr: .inf\n", r"optim\.lr must be finite"),
+        ("model:\n  classifier_scale: -1\n", r"model\.classifier_scale must be positive"),
+        ("data:\n  split_seed: -1\n", r"data\.split_seed must not be negative"),
+    ],
+)
+def test_empty_or_senseless_values_are_named(text, message, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises((ValueError, ArgumentError), match=message):
+        Recipe.from_file(tmp_path / "recipe.yaml")
