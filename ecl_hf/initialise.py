@@ -14,7 +14,7 @@ from ecl_hf.modeling_ecl import ECLForImageClassification, data_config
 from ecl_hf.recipe import ModelConfig
 
 _PROBE_SEED = 0x0DD5EED
-"""Of two identical initialisations. With a seed that people train with, a frozen layer could look like one not loaded."""
+"""Of two identical initialisations. With a seed that people train with, a frozen layer could look as if not loaded."""
 
 
 def initialise_model(
