@@ -36,7 +36,7 @@ def initialise_model(
     model = ECLForImageClassification(
         ECLConfig(
             architecture=config.architecture,
-            num_experts=min(config.num_experts, method.max_experts or config.num_experts),
+            num_experts=method.experts(config.num_experts),
             classifier=config.classifier,
             classifier_scale=config.classifier_scale,
             class_counts=class_counts,

@@ -76,6 +76,10 @@ class Method:
     max_experts: int | None = None
     logit_prior: Literal["uniform", "train"] = "uniform"
 
+    def experts(self, asked: int) -> int:
+        """Number of experts to train where so many are asked for."""
+        return min(asked, self.max_experts or asked)
+
     @property
     def needs(self) -> frozenset[str]:
         """Train-only branches of all terms."""

@@ -89,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
             raise ValueError(f"{launched} processes were launched, but each trains alone: set ACCELERATE_USE_CPU=true")
         if recipe.method not in METHODS:
             raise ValueError(f"unknown method {recipe.method!r}; choose from {', '.join(METHODS)}")
+        method = METHODS[recipe.method]
+        recipe.model.num_experts = method.experts(recipe.model.num_experts)
         if recipe.batch_size % (processes * accumulation):
             raise ValueError(
                 f"batch_size {recipe.batch_size} is no multiple of {processes} processes x {accumulation} micro-batches"
@@ -99,7 +101,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
         if recipe.batch_size > len(data.train):
             raise ValueError(f"batch_size {recipe.batch_size} exceeds the training split of {len(data.train)} images")
         set_seed(recipe.seed)
-        method = METHODS[recipe.method]
         model = initialise_model(recipe.model, method, data.class_counts, data.class_names)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
