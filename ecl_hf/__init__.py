@@ -1,6 +1,7 @@
 """Effective Collaborative Learning for long-tailed image recognition, on timm and Hugging Face."""
 
 import importlib
+import pkgutil
 from types import ModuleType
 
 from transformers import AutoConfig, AutoModelForImageClassification
@@ -16,18 +17,7 @@ AutoModelForImageClassification.register(ECLConfig, ECLForImageClassification, e
 ECLConfig.register_for_auto_class()
 ECLForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 
-_SUBMODULES = (
-    "collaborative",
-    "data",
-    "evaluation",
-    "longtail",
-    "losses",
-    "methods",
-    "metrics",
-    "momentum",
-    "recipe",
-    "views",
-)
+_SUBMODULES = frozenset(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -103,7 +103,7 @@ default_cfgs = {
         "input_size": (3, 32, 32),
         "pool_size": (8, 8),
         "crop_pct": 1.0,
-        "interpolation": "bicubic",
+        "interpolation": "bilinear",
         "mean": CIFAR_MEAN,
         "std": CIFAR_STD,
         "first_conv": "conv1",

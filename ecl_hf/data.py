@@ -85,7 +85,7 @@ def _load_splits(config: DataConfig, name: str) -> dict[str, datasets.Dataset]:
         if not any(Path(config.path).iterdir()):
             raise FileNotFoundError(f"data.path {config.path} is empty")
     try:
-        loaded = datasets.load_dataset(name)
+        loaded = datasets.load_dataset(str(Path(name).resolve()) if config.path else name)
     except (datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DataFilesNotFoundError, ConnectionError) as e:
         raise FileNotFoundError(f"can't load the data set {name}: {e}") from e
     except (datasets.exceptions.DatasetsError, RuntimeError, ValueError) as e:  # scripts, damaged or empty files
@@ -211,16 +211,18 @@ class ViewDataset(torch.utils.data.Dataset):
 
 
 class EpochSampler(Sampler[int]):
-    """A permutation that depends on the data set's (seed, epoch) alone."""
+    """A permutation that depends on the data set's (seed, epoch) alone, cut to a multiple of the global batch."""
 
-    def __init__(self, dataset: ViewDataset) -> None:
+    def __init__(self, dataset: ViewDataset, batch_size: int = 1) -> None:
         self.dataset = dataset
+        self.length = len(dataset) // batch_size * batch_size
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return self.length
 
     def __iter__(self) -> Iterator[int]:
-        yield from np.random.default_rng([self.dataset.seed, self.dataset.epoch]).permutation(len(self)).tolist()
+        order = np.random.default_rng([self.dataset.seed, self.dataset.epoch]).permutation(len(self.dataset))
+        yield from order[: self.length].tolist()
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -234,12 +236,12 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
     return batch
 
 
-def train_loader(dataset: ViewDataset, batch_size: int, num_workers: int = 0) -> DataLoader:
-    """Shuffled full batches of the data set's `epoch`."""
+def train_loader(dataset: ViewDataset, batch_size: int, parts: int = 1, num_workers: int = 0) -> DataLoader:
+    """Shuffled full batches of the data set's `epoch`, each in equal parts for processes and accumulation."""
     return DataLoader(
         dataset,
-        batch_size,
-        sampler=EpochSampler(dataset),
+        batch_size // parts,
+        sampler=EpochSampler(dataset, batch_size),
         drop_last=True,
         num_workers=num_workers,
         collate_fn=collate,

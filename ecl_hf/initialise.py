@@ -96,7 +96,8 @@ def _pretrained(
             f"model.pretrained={source} holds {encoder.pretrained_cfg['architecture']}, not {architecture}"
         )
     # timm loads what fits and only logs the rest: a weight that still has its initial value was not in the file.
-    if left := [key for key, value in state.items() if value.ndim > 1 and torch.equal(value, untouched[key])]:
+    weights = [(key, value) for key, value in encoder.named_parameters() if value.ndim > 1]
+    if left := [key for key, value in weights if torch.equal(value, untouched[key])]:
         raise ValueError(
             f"model.pretrained={source} has no weights for {len(left)} tensors of {architecture}: {left[0]}"
         )

@@ -161,7 +161,6 @@ class ECLForImageClassification(PreTrainedModel):
         target_prior: Sequence[float] | Tensor | None = None,
         output_features: bool = False,
         return_dict: bool | None = None,
-        **_: Any,
     ) -> ECLImageClassifierOutput | tuple[Tensor, ...]:
         """Classify a batch.
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 
 def _check_values(section: Any, prefix: str) -> None:
@@ -169,7 +169,7 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class Recipe:
-    """One training run; the defaults are the paper's for CIFAR-100-LT (Sec. VI-C)."""
+    """One training run; the defaults are the paper's for CIFAR-100-LT (Sec. VI-C), whose labels are `fine_label`."""
 
     method: str = "ecl"
     """What to train: a name in `ecl_hf.methods.METHODS`."""
@@ -206,7 +206,12 @@ class Recipe:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Recipe":
-        """Read a YAML recipe; an unknown key or a wrong type is an ArgumentError that names it."""
+        """Read a YAML recipe; FileNotFoundError if there is none, ValueError with the key of a wrong entry."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"recipe {path} is not a file")
         parser = ArgumentParser(exit_on_error=False)
         cls.add_arguments(parser)
-        return cls.from_arguments(parser, parser.parse_path(path))
+        try:
+            return cls.from_arguments(parser, parser.parse_path(path))
+        except ArgumentError as error:
+            raise ValueError(f"recipe {path}: {error}") from error

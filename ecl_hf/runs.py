@@ -38,6 +38,7 @@ class Progress:
         step: optimiser steps of the whole run.
         seconds: training time of the running epoch.
         total_seconds: training time of the epochs before it.
+        commit: of the code that began the run.
         sums: loss terms summed over the running epoch's micro-batches.
     """
 
@@ -46,6 +47,7 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     total_seconds: float = 0.0
+    commit: str | None = None
     sums: dict[str, float] = field(default_factory=dict)
 
     def line(self, lr: float, images_per_batch: int) -> dict[str, float]:
@@ -56,7 +58,8 @@ class Progress:
 
     def next_epoch(self) -> "Progress":
         """The start of the epoch after this one."""
-        return Progress(epoch=self.epoch + 1, step=self.step, total_seconds=self.total_seconds + self.seconds)
+        seconds = self.total_seconds + self.seconds
+        return Progress(epoch=self.epoch + 1, step=self.step, total_seconds=seconds, commit=self.commit)
 
 
 class RunFolder:
@@ -73,7 +76,7 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether all epochs are trained and tested."""
-        return self.results_file.exists() and json.loads(self.results_file.read_text())["finished"]
+        return self.results_file.exists() and json.loads(self.results_file.read_text()).get("finished", False)
 
     def check(self, recipe: Recipe, resume: bool) -> None:
         """See that the run can begin here, or with `resume` that it can go on.
@@ -164,6 +167,8 @@ def describe_environment(num_processes: int, device: torch.device) -> dict[str, 
     """Versions and machine of a run; `commit` is None outside a git checkout."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
+        if not (Path(__file__).parents[1] / "pyproject.toml").exists():
+            raise OSError("installed, perhaps within somebody else's repository")
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
@@ -182,11 +187,21 @@ def describe_environment(num_processes: int, device: torch.device) -> dict[str, 
 
 @torch.no_grad()
 def describe_model(model: ECLForImageClassification) -> dict[str, int]:
-    """Parameters and multiply-accumulate operations per image, of the ensemble and of one expert."""
+    """Parameters and multiply-accumulate operations per image, of the ensemble and of one expert.
+
+    Raises:
+        ValueError: the encoder can't take images of the configured size.
+    """
     model.eval()
     image = torch.zeros(1, *model.config.pretrained_cfg["input_size"], device=model.device, dtype=model.dtype)
-    with FlopCounterMode(display=False) as counter:
-        model(image)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            model(image)
+    except (RuntimeError, AssertionError) as error:
+        size = "x".join(str(side) for side in image.shape[1:])
+        raise ValueError(
+            f"{model.config.architecture} can't take images of {size} (model.image_size): {error}"
+        ) from error
     parameters = sum(parameter.numel() for parameter in model.parameters())
     macs = counter.get_total_flops() // 2
     experts = len(model.experts)

@@ -11,6 +11,7 @@ import timm.data
 import torch
 from PIL import Image, ImageFilter
 from timm.data.auto_augment import rand_augment_transform
+from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
 from torchvision import transforms as T
 
@@ -55,17 +56,18 @@ def supervised_view(
     """View for classification and contrastive queries.
 
     Args:
-        data_config: timm data configuration: `input_size`, `mean`, `std`.
+        data_config: timm data configuration: `input_size`, `mean`, `std`, `interpolation`.
         augmentation: "cifar": padded crop, CIFAR-10 AutoAugment policy, Cutout before normalising; "imagenet": resized
             crop, colour jitter 0.4, RandAugment n2 m10 mstd 0.5.
         horizontal_flip: mirror half of the pictures.
     """
     size = data_config["input_size"][-1]
     normalise = T.Normalize(data_config["mean"], data_config["std"])
+    interpolation = str_to_interp_mode(data_config.get("interpolation", "bilinear"))
     if augmentation == "imagenet":
         return T.Compose(
             [
-                T.RandomResizedCrop(size),
+                T.RandomResizedCrop(size, interpolation=interpolation),
                 *_flip(horizontal_flip),
                 T.ColorJitter(0.4, 0.4, 0.4),
                 rand_augment_transform("rand-m10-n2-mstd0.5", {"img_mean": GREY, "translate_const": int(0.45 * size)}),
@@ -75,7 +77,8 @@ def supervised_view(
         )
     return T.Compose(
         [
-            T.Resize((size, size)),
+            T.Resize(size, interpolation),
+            T.CenterCrop(size),
             T.RandomCrop(size, padding=size // 8),
             *_flip(horizontal_flip),
             T.AutoAugment(T.AutoAugmentPolicy.CIFAR10, fill=GREY),
@@ -89,9 +92,10 @@ def supervised_view(
 def contrastive_view(data_config: dict[str, Any], horizontal_flip: bool = True) -> View:
     """Second view of the contrastive task, in the manner of MoCo v2; arguments as for `supervised_view`."""
     size = data_config["input_size"][-1]
+    interpolation = str_to_interp_mode(data_config.get("interpolation", "bilinear"))
     return T.Compose(
         [
-            T.RandomResizedCrop(size, scale=(0.2, 1.0)),
+            T.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=interpolation),
             *_flip(horizontal_flip),
             T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
             T.RandomGrayscale(p=0.2),

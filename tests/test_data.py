@@ -387,7 +387,7 @@ def test_sampler_shuffles_by_seed_and_epoch():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_train_loader_shuffles_and_drops_the_rest(workers):
     dataset = ViewDataset(pictures(), random_views(), seed=3)
-    loader = train_loader(dataset, 4, workers)
+    loader = train_loader(dataset, 4, num_workers=workers)
     assert len(loader) == 2
     before = global_states()
     epochs = []
@@ -451,3 +451,12 @@ def test_unreadable_data_set_is_named(tmp_path):
     (tmp_path / "broken" / "train-0.parquet").write_bytes(b"not parquet")
     with pytest.raises(ValueError, match=r"can't read the data set .*broken"):
         load_longtailed(DataConfig(path=str(tmp_path / "broken")))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_parts_of_a_batch_make_up_the_batch(parts):
+    dataset = ViewDataset(pictures(), random_views(), seed=3)
+    whole = torch.cat([batch["labels"] for batch in train_loader(dataset, 4)])
+    split = [batch["labels"] for batch in train_loader(dataset, 4, parts)]
+    assert len(split) == len(whole) // 4 * parts
+    assert torch.equal(torch.cat(split), whole)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import evaluate
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -54,6 +55,21 @@ def test_two_processes_equal_one(tmp_path):
     lines = [json.loads((tmp_path / n / "metrics.jsonl").read_text().splitlines()[-1]) for n in ("1", "2")]
     for name in ("loss", "supervision", "reference", "logit", "feature", "contrastive"):
         assert lines[0][name] == pytest.approx(lines[1][name], rel=1e-4)
+
+
+def test_two_processes_test_each_picture_once(tmp_path):
+    """400 pictures in batches of 256: the second process pads its part."""
+    flags = ["--method=bc", "--model.architecture=resnet20_cifar", "--model.image_size=8", "--epochs=1"]
+    done = launch(2, tmp_path / "run", *flags, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr
+    ours = json.loads((tmp_path / "run" / "results.json").read_text())
+    # One process repeats the test of the model that two have tested
+    output = tmp_path / "one.json"
+    evaluate.main([f"--model={tmp_path}/run/model", f"--recipe={tmp_path}/run/recipe.yaml", f"--output={output}"])
+    one = json.loads(output.read_text())
+    assert ours["test_images"] == one["test_images"] == 400
+    for flip in ("plain", "flip"):
+        assert ours["test"][flip]["ensemble"] == pytest.approx(one["test"][flip]["ensemble"], abs=1e-6)
 
 
 def test_unconnected_processes_are_refused(tmp_path):

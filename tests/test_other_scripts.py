@@ -74,6 +74,30 @@ def test_evaluation_repeats_the_results_of_the_run(run, tmp_path):
         assert ours[key] == theirs[key]
 
 
+def test_evaluation_into_a_run_keeps_what_is_said_of_the_training(run, tmp_path):
+    before = json.loads((run / "results.json").read_text())
+    output = shutil.copyfile(run / "results.json", tmp_path / "results.json")
+    evaluate.main([f"--model={run / 'model'}", f"--recipe={run / 'recipe.yaml'}", f"--output={output}"])
+    assert json.loads(output.read_text()) == before
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--recipe=/nope.yaml", "--model=/nope"], ["--recipe={recipe}", "--model={model}", "--output=/nope/x.json"]],
+)
+def test_evaluation_names_missing_files(run, flags):
+    with pytest.raises(SystemExit, match="nope"):
+        evaluate.main([flag.format(recipe=run / "recipe.yaml", model=run / "model") for flag in flags])
+
+
+def test_missing_model_or_run_is_named(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    with pytest.raises(SystemExit, match="nope"):
+        predict.main(["--model=/nope", str(tmp_path / "x.png")])
+    with pytest.raises(SystemExit, match="nope"):
+        predict.main(["--run=/nope"])
+
+
 def test_evaluation_refuses_other_classes(run, tmp_path):
     config = json.loads((run / "model" / "config.json").read_text())
     shutil.copytree(run / "model", tmp_path / "model")
@@ -115,3 +139,8 @@ def test_comparison_runs_skips_and_renders(tmp_path):
     assert stamps == [path.stat().st_mtime_ns for path in sorted((tmp_path / "runs").rglob("model/*"))]
     reproduce.main([*argv, "--seeds", "0", "2", "--render_only=true"])
     assert "Not run: bc seed 2, ecl-sum seed 2." in table.read_text()
+
+    changed = tmp_path / "runs/tiny/bc/seed0/results.json"
+    changed.write_text(json.dumps(results[0] | {"recipe": results[0]["recipe"] | {"epochs": 7}}))
+    with pytest.raises(SystemExit, match=r"different recipes.*epochs"):
+        reproduce.main([*argv, "--render_only=true"])

@@ -207,8 +207,8 @@ def test_line_holds_means_and_speed():
 
 
 def test_next_epoch_starts_anew():
-    progress = Progress(epoch=4, batch=8, step=100, seconds=2.5, total_seconds=90.0, sums={"loss": 12.0})
-    assert progress.next_epoch() == Progress(5, 0, 100, 0.0, 92.5, {})
+    progress = Progress(epoch=4, batch=8, step=100, seconds=2.5, total_seconds=90.0, commit="c", sums={"loss": 12.0})
+    assert progress.next_epoch() == Progress(5, 0, 100, 0.0, 92.5, "c", {})
     assert Progress().next_epoch() == Progress(epoch=1)
     first, second = progress.next_epoch(), progress.next_epoch()
     first.sums["loss"] = 1.0

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from train import main
 
 from ecl_hf import ECLForImageClassification
+from ecl_hf.collaborative import CollaborativeTask
 from ecl_hf.methods import METHODS
 
 TINY = [
@@ -113,6 +114,39 @@ def test_seed_decides_the_run(tmp_path):
     assert not torch.equal(ours, theirs)
 
 
+def test_accumulation_keeps_the_number_of_steps(tmp_path):
+    flags = ["--method=bc", "--data.max_count=25", "--epochs=1"]  # 123 images: quarter batches would fill one step more
+    runs = [train(tmp_path / str(n), *flags, f"--train.gradient_accumulation_steps={n}") for n in (1, 2, 4)]
+    assert [epochs(run)[0]["step"] for run in runs] == [7, 7, 7]
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_crash_between_checkpoints_loses_nothing(tmp_path, monkeypatch):
+    flags = ["--method=ecl", "--train.checkpoint_every=1", "--epochs=4"]
+    whole = train(tmp_path / "whole", *flags)
+    steps = epochs(whole)[0]["step"]
+    follow, calls = CollaborativeTask.follow, []
+
+    def follow_until_the_third_epoch(task):
+        calls.append(1)
+        if len(calls) == 2 * steps + 3:
+            raise Interrupted
+        follow(task)
+
+    monkeypatch.setattr(CollaborativeTask, "follow", follow_until_the_third_epoch)
+    with pytest.raises(Interrupted):
+        train(tmp_path / "parts", *flags)
+    monkeypatch.undo()
+    assert [path.name for path in sorted((tmp_path / "parts" / "checkpoints").iterdir())] == [
+        f"step_{steps * epoch:08d}" for epoch in (1, 2)
+    ]
+    parts = train(tmp_path / "parts", *flags, "--resume")
+    assert_same_run(whole, parts)
+
+
 def test_accumulated_micro_batches_equal_one_batch(tmp_path):
     flags = ["--method=bkt", "--model.architecture=test_vit", "--model.image_size=32", "--epochs=1"]
     runs = [train(tmp_path / str(n), *flags, f"--train.gradient_accumulation_steps={n}") for n in (1, 2)]
@@ -163,6 +197,8 @@ def test_non_finite_loss_stops_the_run_and_names_the_terms(tmp_path):
         (["--model.architecture=resnet32_cifra"], "resnet32_cifar"),
         (["--model.pretrained=true"], "pretrained"),
         (["--report_to", "telegraph"], "telegraph"),
+        (["--model.architecture=test_vit", "--model.image_size=33"], r"test_vit can't take images.*33.*image_size"),
+        (["--model.architecture=test_convnext"], r"test_convnext can't take images.*8.*image_size"),
         (["--model.pretrained=/no/such/weights.safetensors"], "weights.safetensors"),
     ],
 )

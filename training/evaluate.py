@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 import transformers
 from accelerate import Accelerator
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
 from ecl_hf import ECLForImageClassification
@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         names = [model.config.id2label[c] for c in range(model.config.num_labels)]
         if wrong := next((pair for pair in zip_longest(names, data.class_names) if pair[0] != pair[1]), None):
             raise ValueError(f"{args.model} and the data set have different classes: {wrong[0]!r} against {wrong[1]!r}")
-    except (ValueError, OSError, ArgumentError) as error:
+        if args.output and not args.output.parent.is_dir():
+            raise FileNotFoundError(f"output: there is no directory {args.output.parent}")
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
     loader = evaluation_loader(
@@ -57,10 +59,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     plain = accelerator.unwrap_model(model)
     bar = tqdm(loader, "testing", disable=not accelerator.is_main_process, leave=False)
     counts = plain.config.class_counts or data.class_counts
+    predictions = predict(plain, bar, accelerator.gather_for_metrics)
     results = {
         "model": args.model,
-        "test": summarise(predict(plain, bar, accelerator.gather_for_metrics), counts),
-        "test_images": len(data.test),
+        "test": summarise(predictions, counts),
+        "test_images": len(predictions.labels),
         "class_counts": counts,
         "class_names": data.class_names,
         **describe_model(plain),
@@ -70,7 +73,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for name in ("plain", "flip"):
             print(f"{args.model} on {len(data.test)} test images, {name}, in %\n{format_table(results['test'][name])}")
         if args.output:
-            write_atomically(args.output, json.dumps(results, indent=1) + "\n")
+            # Into a run's own results go the scores alone: what they say of the training stays.
+            run = json.loads(args.output.read_text()) if args.output.exists() else {}
+            new = {key: results[key] for key in ("test", "test_images")} if "recipe" in run else results
+            write_atomically(args.output, json.dumps(run | new, indent=1) + "\n")
     accelerator.end_training()
     return results
 

@@ -49,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> list[list[dict[str, str | float]]
             pictures = [(str(path), to_rgb(Image.open(path))) for path in args.images]
         else:
             pictures = test_pictures(RunFolder(args.run), args.how_many)
+        model = args.model or RunFolder(args.run).model
+        classify = transformers.pipeline("image-classification", model=str(model))
     except (OSError, ValueError, UnidentifiedImageError) as error:
         sys.exit(f"error: {error}")
-    model = args.model or RunFolder(args.run).model
-    classify = transformers.pipeline("image-classification", model=str(model))
     answers = classify([picture for _, picture in pictures], top_k=args.top_k, batch_size=32)
     print(f"\n{'picture':24}prediction of {model}")
     for (name, _), best in zip(pictures, answers, strict=True):

@@ -10,6 +10,7 @@ run and the table, as Markdown and CSV, go to `training/results/<recipe>`.
 import csv
 import io
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from ecl_hf.runs import RunFolder, write_atomically
+from ecl_hf.runs import FREE_TO_CHANGE, RunFolder, flatten, write_atomically
 
 CELLS: dict[str, list[str]] = {
     "ce": ["--method=ce"],
@@ -44,6 +45,12 @@ def summary(values: list[float | None]) -> str:
     return f"{100 * statistics.mean(values):.1f}{deviation}"
 
 
+def shared(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """The recipe's settings that all cells of a table must have in common."""
+    own = {"method", "seed", "loss.sup_reduction", "model.num_experts", *FREE_TO_CHANGE}
+    return [(key, str(value)) for key, value in flatten(result["recipe"]).items() if key not in own]
+
+
 def rows(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
     """A row for each method and way of predicting."""
     table = []
@@ -59,8 +66,12 @@ def rows(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
                 }
                 scores = [run["test"][flip][kind] for run in runs]
                 cells = {name: summary([score[name] for score in scores]) for name in COLUMNS}
-                minutes = statistics.mean(run["training_seconds"] for run in runs) / 60
-                table.append({**head, **cells, "minutes": f"{minutes:.1f}", "seeds": len(runs)})
+                suffix = "" if kind == "ensemble" else "_per_expert"
+                size = {
+                    "parameters": f"{runs[0][f'parameters{suffix}'] / 1e6:.2f} M",
+                    "MACs": f"{runs[0][f'macs{suffix}'] * (1 + (flip == 'flip')) / 1e6:.1f} M",
+                }
+                table.append({**head, **cells, **size, "seeds": len(runs)})
     return table
 
 
@@ -70,6 +81,7 @@ def render(name: str, results: dict[str, list[dict[str, Any]]], missing: list[st
     first = next(iter(results.values()))[0]
     machine, versions = first["machine"], first["versions"]
     groups = ", ".join(f"{group} {count}" for group, count in first["shot_groups"].items())
+    commits = sorted({str(run["commit"]) for runs in results.values() for run in runs})
     lines = [
         f"# {name}",
         "",
@@ -77,6 +89,7 @@ def render(name: str, results: dict[str, list[dict[str, Any]]], missing: list[st
         "Written by `training/reproduce.py` from the results beside this file.",
         "",
         f"Training images: {sum(first['class_counts'])}. Test images: {first['test_images']}. Classes: {groups}.",
+        f"Trained at commit {', '.join(commits)}.",
         f"Machine: {machine['platform']}, {machine['device']}, {machine['threads_per_process']} thread(s) a process;",
         f"torch {versions['torch']}, timm {versions['timm']}, transformers {versions['transformers']}.",
         "",
@@ -120,16 +133,16 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
                 flags = ["--recipe", str(args.recipe), "--output_dir", str(run.path), "--seed", str(seed), "--resume"]
                 subprocess.run([sys.executable, TRAIN, *flags, *CELLS[cell], *args.flags.split()], check=True)
             if run.finished:
-                result = json.loads(run.results_file.read_text())
-                if path := result["recipe"]["data"]["path"]:
-                    result["recipe"]["data"]["path"] = Path(path).name  # the folder's place is this machine's affair
-                results.setdefault(cell, []).append(result)
+                results.setdefault(cell, []).append(json.loads(run.results_file.read_text()))
                 (target / cell).mkdir(parents=True, exist_ok=True)
-                write_atomically(target / cell / f"seed{seed}.json", json.dumps(result, indent=1) + "\n")
+                shutil.copyfile(run.results_file, target / cell / f"seed{seed}.json")
             else:
                 missing.append(f"{cell} seed {seed}")
     if not results:
         sys.exit(f"error: no finished run under {args.runs_dir / name}")
+    every = [result for runs in results.values() for result in runs]
+    if differing := {key for result in every for key in set(shared(result)) ^ set(shared(every[0]))}:
+        sys.exit(f"error: the runs under {args.runs_dir / name} have different recipes: {sorted(differing)}")
     markdown, table = render(name, {cell: results[cell] for cell in args.cells if cell in results}, missing)
     write_atomically(target / "table.md", markdown)
     write_atomically(target / "table.csv", table)

@@ -9,7 +9,6 @@ Mixed precision and devices are Accelerate's own flags (`accelerate launch --mix
 """
 
 import json
-import math
 import os
 import sys
 import time
@@ -102,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
             raise ValueError(f"batch_size {recipe.batch_size} exceeds the training split of {len(data.train)} images")
         set_seed(recipe.seed)
         model = initialise_model(recipe.model, method, data.class_counts, data.class_names)
+        size = describe_model(model)
+        environment = describe_environment(processes, accelerator.device)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             run.open(recipe)
@@ -117,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if "momentum" in method.needs:
         views["contrast_pixel_values"] = contrastive_view(view_config, recipe.data.horizontal_flip)
     train_set = ViewDataset(data.train, views, recipe.seed)
-    loader = train_loader(train_set, recipe.batch_size // (processes * accumulation), recipe.data.num_workers)
+    loader = train_loader(train_set, recipe.batch_size, processes * accumulation, recipe.data.num_workers)
     test = evaluation_loader(data.test, evaluation_view(view_config), 256, recipe.data.num_workers)
     task = CollaborativeTask(model, method, recipe.loss).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD((p for p in task.parameters() if p.requires_grad), foreach=True, **asdict(recipe.optim))
@@ -127,13 +128,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
     task, optimizer, loader, test = accelerator.prepare(task, optimizer, loader, test)
     plain = accelerator.unwrap_model(task)
 
-    total_steps = recipe.epochs * math.ceil(len(loader) / accumulation)
+    total_steps = recipe.epochs * (len(loader) // accumulation)
     last_step = min(total_steps, recipe.train.max_steps or total_steps)
     # Accelerate would move a prepared schedule once per process.
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer.optimizer, T_max=total_steps)
     accelerator.register_for_checkpointing(scheduler)
     accelerator.init_trackers("ecl_hf", {key: str(value) for key, value in flatten(asdict(recipe)).items()})
-    progress = Progress()
+    progress = Progress(commit=environment["commit"])
     if args.resume and (checkpoint := run.newest_checkpoint()):
         accelerator.load_state(checkpoint)
         progress = run.read_progress(checkpoint)
@@ -166,8 +167,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
                 sums[name] = sums.get(name, 0.0) + value
             progress.batch += 1
             if accelerator.sync_gradients:
-                plain.follow()
-                scheduler.step()
+                if not accelerator.optimizer_step_was_skipped:  # as half precision does with overflowing gradients
+                    plain.follow()
+                    scheduler.step()
                 progress.step += 1
                 bar.update()
                 if progress.step == last_step:
@@ -198,6 +200,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         accelerator.gather_for_metrics,
     )
     if accelerator.is_main_process:
+        recorded = asdict(recipe)
+        if recipe.data.path:
+            recorded["data"]["path"] = Path(recipe.data.path).resolve().name  # where it lies is this machine's affair
         results = {
             "method": recipe.method,
             "seed": recipe.seed,
@@ -205,15 +210,17 @@ def main(argv: Sequence[str] | None = None) -> Path:
             "epochs": progress.epoch,
             "steps": progress.step,
             "test": summarise(predictions, counts),
-            "test_images": len(data.test),
+            "test_images": len(predictions.labels),
             "class_counts": counts,
             "class_names": data.class_names,
             "shot_groups": {name: int(mask.sum()) for name, mask in shot_groups(counts).items()},
-            **describe_model(plain.model),
+            **size,
             "training_seconds": progress.total_seconds + progress.seconds,
             "mixed_precision": accelerator.mixed_precision,
-            **describe_environment(processes, accelerator.device),
-            "recipe": asdict(recipe),
+            **environment,
+            "commit": progress.commit,
+            "commit_of_test": environment["commit"],
+            "recipe": recorded,
         }
         ensemble = results["test"]["plain"]["ensemble"].items()
         accelerator.log({f"test/{name}": value for name, value in ensemble if value is not None}, step=progress.step)
