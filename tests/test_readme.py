@@ -16,7 +16,7 @@ def test_measured_rows_are_those_of_the_results():
     header = next(line for line in table if line.startswith("| method | model |"))
     lines = README.splitlines()
     first = lines.index(header) + 2
-    rows = [line for line in lines[first : lines.index("", first)]]
+    rows = lines[first : lines.index("", first)]
     assert len(rows) > 5
     assert set(rows) < set(table)
 
