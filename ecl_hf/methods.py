@@ -45,6 +45,10 @@ class TaskOutputs:
     queues: Tensor | None = None
 
 
+Loss = Callable[[TaskOutputs, LossConfig], Tensor]
+"""Unweighted loss of a forward, []."""
+
+
 @dataclass(frozen=True)
 class Term:
     """One addend of the loss.
@@ -57,7 +61,7 @@ class Term:
     """
 
     name: str
-    loss: Callable[[TaskOutputs, LossConfig], Tensor]
+    loss: Loss
     weight: Literal["alpha_logit", "alpha_feature", "beta"] | None = None
     needs: frozenset[Literal["reference", "momentum"]] = frozenset()
 
@@ -105,37 +109,37 @@ def _reference(out: TaskOutputs, config: LossConfig) -> Tensor:
     return _over_experts(out.ref_logits, out, config.tau, config.sup_reduction)
 
 
-def _unweighted(out: TaskOutputs, config: LossConfig) -> Tensor:
-    return losses.logit_distillation(out.cls_logits, None, config.temperature)
+def _no_weights(out: TaskOutputs) -> None:
+    """Every sample counts alike."""
 
 
-def _balanced(out: TaskOutputs, config: LossConfig) -> Tensor:
-    weights = losses.transfer_weights(out.ref_logits, out.cls_logits, out.labels)
-    return losses.logit_distillation(out.cls_logits, weights, config.temperature)
+def _balanced_weights(out: TaskOutputs) -> Tensor:
+    return losses.transfer_weights(out.ref_logits, out.cls_logits, out.labels)
 
 
-def _shuffled(out: TaskOutputs, config: LossConfig) -> Tensor:
-    weights = losses.transfer_weights(out.ref_logits, out.cls_logits, out.labels)
-    weights = weights[:, torch.randperm(weights.shape[1], device=weights.device)]
-    return losses.logit_distillation(out.cls_logits, weights, config.temperature)
+def _shuffled_weights(out: TaskOutputs) -> Tensor:
+    """The same values on other samples of the batch; one permutation for all experts."""
+    weights = _balanced_weights(out)
+    return weights[:, torch.randperm(weights.shape[1], device=weights.device)]
 
 
-def _inverted(out: TaskOutputs, config: LossConfig) -> Tensor:
-    weights = losses.transfer_weights(out.cls_logits, out.ref_logits, out.labels)
-    return losses.logit_distillation(out.cls_logits, weights, config.temperature)
+def _inverted_weights(out: TaskOutputs) -> Tensor:
+    """The other orientation of Eq. 6."""
+    return losses.transfer_weights(out.cls_logits, out.ref_logits, out.labels)
 
 
-def _balanced_detached(out: TaskOutputs, config: LossConfig) -> Tensor:
-    weights = losses.transfer_weights(out.ref_logits, out.cls_logits, out.labels)
-    return losses.logit_distillation(out.cls_logits, weights, config.temperature, detach_teacher=True)
+def _logit(weights: Callable[[TaskOutputs], Tensor | None], detach_teacher: bool = False) -> Loss:
+    def loss(out: TaskOutputs, config: LossConfig) -> Tensor:
+        return losses.logit_distillation(out.cls_logits, weights(out), config.temperature, detach_teacher)
+
+    return loss
 
 
-def _feature(out: TaskOutputs, config: LossConfig) -> Tensor:
-    return losses.feature_distillation(out.features, config.temperature)
+def _feature(detach_teacher: bool = False) -> Loss:
+    def loss(out: TaskOutputs, config: LossConfig) -> Tensor:
+        return losses.feature_distillation(out.features, config.temperature, detach_teacher)
 
-
-def _feature_detached(out: TaskOutputs, config: LossConfig) -> Tensor:
-    return losses.feature_distillation(out.features, config.temperature, detach_teacher=True)
+    return loss
 
 
 def _contrastive(out: TaskOutputs, config: LossConfig) -> Tensor:
@@ -163,13 +167,13 @@ _MOMENTUM = frozenset({"momentum"})
 PLAIN = Term("supervision", _plain)
 SUPERVISION = Term("supervision", _supervision)
 REFERENCE = Term("reference", _reference, needs=_REFERENCE)
-UNWEIGHTED = Term("logit", _unweighted, "alpha_logit")
-BALANCED = Term("logit", _balanced, "alpha_logit", _REFERENCE)
-SHUFFLED = Term("logit", _shuffled, "alpha_logit", _REFERENCE)
-INVERTED = Term("logit", _inverted, "alpha_logit", _REFERENCE)
-BALANCED_DETACHED = Term("logit", _balanced_detached, "alpha_logit", _REFERENCE)
-FEATURE = Term("feature", _feature, "alpha_feature")
-FEATURE_DETACHED = Term("feature", _feature_detached, "alpha_feature")
+UNWEIGHTED = Term("logit", _logit(_no_weights), "alpha_logit")
+BALANCED = Term("logit", _logit(_balanced_weights), "alpha_logit", _REFERENCE)
+SHUFFLED = Term("logit", _logit(_shuffled_weights), "alpha_logit", _REFERENCE)
+INVERTED = Term("logit", _logit(_inverted_weights), "alpha_logit", _REFERENCE)
+BALANCED_DETACHED = Term("logit", _logit(_balanced_weights, detach_teacher=True), "alpha_logit", _REFERENCE)
+FEATURE = Term("feature", _feature(), "alpha_feature")
+FEATURE_DETACHED = Term("feature", _feature(detach_teacher=True), "alpha_feature")
 CONTRASTIVE = Term("contrastive", _contrastive, "beta", _MOMENTUM)
 NESTED_SUPERVISION = Term("supervision", _nested_supervision)
 NESTED_DISTILLATION = Term("logit", _nested_distillation, "alpha_logit")
