@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ecl_hf.data import EpochSampler, ViewDataset, collate, evaluation_loader, load_longtailed, to_rgb, train_loader
+from ecl_hf.data import load_longtailed
+from ecl_hf.loaders import EpochSampler, ViewDataset, collate, evaluation_loader, to_rgb, train_loader
 from ecl_hf.longtail import longtail_indices
 from ecl_hf.recipe import DataConfig
 from ecl_hf.views import contrastive_view, evaluation_view, supervised_view

@@ -18,8 +18,9 @@ from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
 from ecl_hf import ECLForImageClassification
-from ecl_hf.data import evaluation_loader, load_longtailed
+from ecl_hf.data import load_longtailed
 from ecl_hf.evaluation import format_table, predict, summarise
+from ecl_hf.loaders import evaluation_loader
 from ecl_hf.recipe import Recipe
 from ecl_hf.runs import describe_environment, describe_model, write_atomically
 from ecl_hf.views import evaluation_view

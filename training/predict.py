@@ -15,7 +15,8 @@ from jsonargparse import ArgumentParser
 from PIL import Image, UnidentifiedImageError
 
 import ecl_hf  # noqa: F401  (registers the model with transformers)
-from ecl_hf.data import load_longtailed, to_rgb
+from ecl_hf.data import load_longtailed
+from ecl_hf.loaders import to_rgb
 from ecl_hf.recipe import Recipe
 from ecl_hf.runs import RunFolder
 

@@ -26,9 +26,10 @@ from timm.utils import distribute_bn
 from tqdm import tqdm
 
 from ecl_hf.collaborative import CollaborativeTask
-from ecl_hf.data import ViewDataset, evaluation_loader, load_longtailed, train_loader
+from ecl_hf.data import load_longtailed
 from ecl_hf.evaluation import format_table, predict, summarise
 from ecl_hf.initialise import initialise_model
+from ecl_hf.loaders import ViewDataset, evaluation_loader, train_loader
 from ecl_hf.methods import METHODS
 from ecl_hf.metrics import shot_groups
 from ecl_hf.recipe import Recipe
