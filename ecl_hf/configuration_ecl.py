@@ -1,10 +1,27 @@
 """Configuration of an ECL ensemble: K timm encoders, each with a classification head."""
 
 import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+# A configuration may come from a stranger's repository. These bounds lie far above every real model and keep a hostile
+# one from filling the memory or calling parts of timm that read other files.
+MAX_EXPERTS, MAX_CLASSES, MAX_IMAGE_SIDE, MAX_MODEL_ARGS = 64, 1_000_000, 8192, 32768
+FORBIDDEN_MODEL_ARGS = frozenset(
+    {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "num_classes"}
+)
+
+
+def _numbers(tree: Any) -> Iterator[float]:
+    """All numbers in nested lists and dictionaries."""
+    if isinstance(tree, dict | list | tuple):
+        for item in tree.values() if isinstance(tree, dict) else tree:
+            yield from _numbers(item)
+    elif isinstance(tree, int | float):
+        yield tree
 
 
 @strict
@@ -27,6 +44,7 @@ class ECLConfig(PreTrainedConfig):
 
     Raises:
         StrictDataclassError: a value has the wrong type or is out of range, or `class_counts` does not fit the labels.
+        ValueError: more than 1,000,000 classes.
     """
 
     model_type = "ecl"
@@ -44,6 +62,8 @@ class ECLConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.class_counts is not None and self.id2label is None:
             kwargs.setdefault("num_labels", len(self.class_counts))
+        if (num_labels := kwargs.get("num_labels") or 0) > MAX_CLASSES:  # before a name is made up for each
+            raise ValueError(f"num_labels must be at most {MAX_CLASSES}, got {num_labels}")
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -57,8 +77,36 @@ class ECLConfig(PreTrainedConfig):
 
     def validate_num_experts(self) -> None:
         """At least one expert."""
-        if self.num_experts < 1:
-            raise ValueError(f"num_experts must be at least 1, got {self.num_experts}")
+        if not 1 <= self.num_experts <= MAX_EXPERTS:
+            raise ValueError(f"num_experts must lie in 1..{MAX_EXPERTS}, got {self.num_experts}")
+
+    def validate_model_args(self) -> None:
+        """Arguments that shape the encoder, of a sane size; none that makes timm read a file."""
+        if forbidden := sorted(FORBIDDEN_MODEL_ARGS & (self.model_args or {}).keys()):
+            raise ValueError(f"model_args must not hold {', '.join(forbidden)}")
+        if (total := sum(map(abs, _numbers(self.model_args)))) > MAX_MODEL_ARGS:
+            raise ValueError(
+                f"the numbers in model_args add up to {total}; more than {MAX_MODEL_ARGS} is no real model"
+            )
+
+    def validate_pretrained_cfg(self) -> None:
+        """An image size that is one, and a mean and a positive standard deviation for each channel."""
+        known = self.pretrained_cfg or {}
+        size = known.get("input_size", (3, 32, 32))
+        whole = isinstance(size, list | tuple) and len(size) == 3 and all(type(side) is int for side in size)
+        if not whole or not all(1 <= side <= MAX_IMAGE_SIDE for side in size):
+            raise ValueError(f"pretrained_cfg.input_size must be 3 numbers in 1..{MAX_IMAGE_SIDE}, got {size}")
+        for name, least in (("mean", -math.inf), ("std", 0.0)):
+            values = known.get(name, (1.0,))
+            if not isinstance(values, list | tuple) or len(values) not in (1, size[0]):
+                raise ValueError(
+                    f"pretrained_cfg.{name} must hold a number for each of {size[0]} channels, got {values}"
+                )
+            if not all(isinstance(value, int | float) and least < value < math.inf for value in values):
+                raise ValueError(f"pretrained_cfg.{name} holds a number out of range: {values}")
+        crop = known.get("crop_pct", 1.0)
+        if not isinstance(crop, int | float) or not 0.01 <= crop <= 2:
+            raise ValueError(f"pretrained_cfg.crop_pct must lie in 0.01..2, got {crop}")
 
     def validate_classifier_scale(self) -> None:
         """A positive, finite scale."""

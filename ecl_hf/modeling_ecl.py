@@ -2,32 +2,47 @@
 
 - An expert is a timm encoder without classifier plus a classification head (Sec. V-E keeps just these two).
 - The ensemble's logits are the mean of the experts' raw logits.
-- Saved with one safetensors file per expert, so that one expert can be read without the others.
+- Saved with one safetensors file per expert, so that one expert can be read without the others. No pickle is ever read
+  or written.
+- A repository is untrusted input: what is wrong with it is an error that names the file.
 - timm's own initialisation is kept: `_init_weights` touches the heads alone.
 """
 
 import copy
 import json
 import math
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import cached_files, extract_commit_hash
 
 from .backbones import create_encoder
 from .configuration_ecl import ECLConfig
 
 DATA_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+WEIGHT_FILES = (SAFE_WEIGHTS_NAME, "model-*-of-*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
+ADVICE = {
+    401: "log in with `hf auth login`, or give a token of an account that may write there",
+    403: "the token must have write permission for this repository, or its access conditions must be accepted",
+    404: "check the repository's name and whether the token may see it",
+    409: "somebody else is committing to the repository; try again",
+    429: "the Hub asks to slow down; wait some minutes and try again",
+}
 
 
 def log_prior_shift(
@@ -102,13 +117,35 @@ def data_config(pretrained_cfg: dict[str, Any], model_args: dict[str, Any] | Non
     return known
 
 
+def expert_disagreement(expert_logits: Tensor) -> Tensor:
+    """How much the experts' predictions differ: their Jensen-Shannon divergence in nats.
+
+    It is the entropy of the mean prediction minus the mean entropy of the predictions: 0 if all experts agree, at most
+    log K. In Bayesian terms, the mutual information of label and expert.
+
+    Args:
+        expert_logits: raw logits, [B, K, C].
+
+    Returns:
+        [B], float32, in 0..log K.
+    """
+    probabilities = expert_logits.float().softmax(-1)
+    mixture = torch.special.entr(probabilities.mean(1)).sum(-1)
+    return (mixture - torch.special.entr(probabilities).sum(-1).mean(1)).clamp_min(0)
+
+
 class Expert(nn.Module):
-    """One expert: encoder and classification head."""
+    """One expert: encoder and classification head; [B, 3, H, W] -> features [B, D] and logits [B, C]."""
 
     def __init__(self, config: ECLConfig) -> None:
         super().__init__()
         self.backbone = create_encoder(config.architecture, **(config.model_args or {}))
         self.head = create_head(config, self.backbone.head_hidden_size)
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return pooled features and raw logits."""
+        features = self.backbone(pixel_values)
+        return features, self.head(features)
 
 
 @dataclass
@@ -119,12 +156,14 @@ class ECLImageClassifierOutput(ModelOutput):
         loss: mean over experts of the cross-entropy that fits `config.logit_prior`, when labels are given.
         logits: mean of the experts' raw logits, adjusted to `target_prior` if one is given; [B, C].
         expert_logits: raw logits of each expert, [B, K, C].
+        disagreement: of the experts, as an uncertainty in nats (`expert_disagreement`), [B].
         features: pooled backbone features of each expert, [B, K, D], when asked for.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     expert_logits: Tensor | None = None
+    disagreement: Tensor | None = None
     features: Tensor | None = None
 
 
@@ -135,6 +174,7 @@ class ECLForImageClassification(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     accepts_loss_kwargs = False
+    _no_split_modules = ("Expert",)
 
     def __init__(self, config: ECLConfig) -> None:
         super().__init__(config)
@@ -160,6 +200,7 @@ class ECLForImageClassification(PreTrainedModel):
         labels: Tensor | None = None,
         target_prior: Sequence[float] | Tensor | None = None,
         output_features: bool = False,
+        flip: bool = False,
         return_dict: bool | None = None,
     ) -> ECLImageClassifierOutput | tuple[Tensor, ...]:
         """Classify a batch.
@@ -169,14 +210,16 @@ class ECLForImageClassification(PreTrainedModel):
             labels: class indices, [B]; asks for the loss.
             target_prior: class probabilities of the data to be classified, [C]; moves the logits from the prior that
                 they carry (`config.logit_prior`) to this one (Eq. 2 and 4, tau = 1).
-            output_features: return the pooled features too.
+            output_features: return the pooled features (of the images as they are) too.
+            flip: every expert's logits are the mean of those of the image and of its mirror image.
             return_dict: False for a plain tuple.
 
         Raises:
             ValueError: `target_prior` does not hold one non-negative number for each class.
         """
-        features = torch.stack([expert.backbone(pixel_values) for expert in self.experts], dim=1)
-        expert_logits = torch.stack([e.head(v) for e, v in zip(self.experts, features.unbind(1), strict=True)], dim=1)
+        features, expert_logits = self._run_experts(pixel_values)
+        if flip:
+            expert_logits = (expert_logits + self._run_experts(pixel_values.flip(-1))[1]) / 2
         logits = expert_logits.mean(1)
         loss = None
         if labels is not None:
@@ -187,8 +230,16 @@ class ECLForImageClassification(PreTrainedModel):
         if target_prior is not None:
             carried = self.config.class_counts if self.config.logit_prior == "train" else [1] * self.config.num_labels
             logits = logits - log_prior_shift(carried, target_prior).to(logits)
-        output = ECLImageClassifierOutput(loss, logits, expert_logits, features if output_features else None)
+        output = ECLImageClassifierOutput(
+            loss, logits, expert_logits, expert_disagreement(expert_logits), features if output_features else None
+        )
         return output.to_tuple() if return_dict is False else output
+
+    def _run_experts(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B, K, D] and logits [B, K, C]; experts may lie on different devices."""
+        outputs = [expert(pixel_values) for expert in self.experts]
+        features, logits = zip(*outputs, strict=True)
+        return tuple(torch.stack([t.to(pixel_values.device) for t in tensors], dim=1) for tensors in (features, logits))
 
     @classmethod
     def from_pretrained(
@@ -204,22 +255,34 @@ class ECLForImageClassification(PreTrainedModel):
             pretrained_model_name_or_path: directory or Hub repository.
             *args: passed on.
             experts: positions of the experts to load, in this order; only their files are read (or downloaded).
-            **kwargs: as for every `PreTrainedModel`.
+            **kwargs: as for every `PreTrainedModel`; a `state_dict` is used in place of the saved weights.
 
         Raises:
-            ValueError: `experts` names one that is not there, none, or one twice; or encoder weights are missing.
+            ValueError: `experts` names one that is not there, none, or one twice; encoder weights are missing; or a
+                weight file is damaged, is not what the index says, or holds numbers that are not finite.
+            RuntimeError: the heads are for another number of classes.
+            OSError: the repository or a file is not there, or can't be had.
         """
         with_info = kwargs.pop("output_loading_info", False)
         source = pretrained_model_name_or_path
-        if experts is not None:
+        if source is not None and kwargs.get("state_dict") is None:
             hub = {key: kwargs.pop(key) for key in HUB_KEYS if key in kwargs}
             config = kwargs.pop("config", source)
             if not isinstance(config, PreTrainedConfig):
                 config, kwargs = cls.config_class.from_pretrained(config, return_unused_kwargs=True, **hub, **kwargs)
-            kwargs["state_dict"] = _read_experts(source, config.num_experts, experts, hub)
+            chosen = range(config.num_experts) if experts is None else list(experts)
+            kwargs["state_dict"] = _read_experts(source, config.num_experts, chosen, hub)
             kwargs["config"] = copy.deepcopy(config)
-            kwargs["config"].num_experts = len(experts)
+            kwargs["config"].num_experts = len(chosen)
+            rows = {len(kwargs["state_dict"].get(f"experts.{k}.head.weight", ())) for k in range(len(chosen))}
+            if not kwargs.get("ignore_mismatched_sizes") and (wrong := rows - {0, config.num_labels}):
+                raise RuntimeError(
+                    f"the heads of {source} are for {wrong.pop()} classes, the configuration for {config.num_labels}; "
+                    "ignore_mismatched_sizes=True starts a new head"
+                )
             source = None  # nothing more to read
+        elif experts is not None:
+            raise ValueError("experts= chooses among saved weights; with a state_dict of your own, choose there")
         model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         # Left alone, these would be uninitialised memory.
         absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
@@ -231,15 +294,113 @@ class ECLForImageClassification(PreTrainedModel):
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         return (model, info) if with_info else model
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write config and weights, one file per expert; `max_shard_size` has no effect."""
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write configuration, code, weights (one file per expert) and, if there is none, a short model card.
+
+        Args:
+            save_directory: where to; other weights in it are replaced.
+            push_to_hub: also upload the directory, to `repo_id` or a repository of the directory's name.
+            **kwargs: as for every `PreTrainedModel` and for `push_to_hub`; `max_shard_size` has no effect.
+        """
+        hub = {key: kwargs.pop(key) for key in ("repo_id", "private", "commit_message", "create_pr") if key in kwargs}
         directory = Path(save_directory)
         if kwargs.get("is_main_process", True):
             for stale in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):  # loaders prefer a leftover single file
                 (directory / stale).unlink(missing_ok=True)
         expert = self.experts[0].state_dict().values()
         kwargs["max_shard_size"] = max(1, sum(tensor.numel() * tensor.element_size() for tensor in expert))
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(directory, **kwargs)
+        if kwargs.get("is_main_process", True):
+            if not (directory / "README.md").exists():
+                short_card(self.config).save(directory / "README.md")
+            if push_to_hub:
+                upload_directory(directory, **{"repo_id": directory.name, "token": kwargs.get("token"), **hub})
+
+    def push_to_hub(self, repo_id: str, *, tags: Sequence[str] | None = None, **kwargs: Any) -> CommitInfo:
+        """Save and upload in one commit; a card that the repository has stays.
+
+        Args:
+            repo_id: Hub repository, made if it is not there.
+            tags: more tags for a new card.
+            **kwargs: `private`, `token`, `revision`, `create_pr`, `commit_message`, `commit_description`;
+                `max_shard_size` has no effect: there is one file per expert.
+
+        Raises:
+            HfHubHTTPError: the Hub refused; the message says what to do.
+        """
+        kwargs.pop("max_shard_size", None)
+        with TemporaryDirectory() as directory:
+            short_card(self.config, tags or ()).save(Path(directory) / "README.md")
+            self.save_pretrained(directory)
+            return upload_directory(directory, repo_id, keep_card=True, **kwargs)
+
+
+def short_card(config: ECLConfig, tags: Sequence[str] = ()) -> ModelCard:
+    """A model card that says what the configuration knows: how to load the model, and that nothing was measured."""
+    metadata = ModelCardData(
+        library_name="transformers", pipeline_tag="image-classification", tags=["ecl", "long-tailed", "timm", *tags]
+    )
+    ensemble = f"{config.num_experts} x {config.architecture}, {config.num_labels} classes"
+    return ModelCard(
+        f"---\n{metadata}\n---\n\n# Long-tailed image classifier\n\n"
+        f"An ensemble for long-tailed data ({ensemble}), one safetensors file per expert.\n\n"
+        "```python\nfrom transformers import pipeline\n\n"
+        'classify = pipeline("image-classification", model="REPOSITORY", trust_remote_code=True)\n```\n\n'
+        'With the package `ecl_hf`, `ECLForImageClassification.from_pretrained("REPOSITORY", experts=[0])` reads one\n'
+        "expert alone, and `trust_remote_code` is not needed.\n\nEvaluation: not measured.\n"
+    )
+
+
+def upload_directory(
+    directory: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload model",
+    commit_description: str | None = None,
+    keep_card: bool = False,
+) -> CommitInfo:
+    """Upload a saved model in one commit that also deletes weight files of another layout.
+
+    Args:
+        directory: what to upload.
+        repo_id: Hub repository, made if it is not there.
+        private: whether a new repository is private.
+        token: of the Hub; the stored one when None.
+        revision: branch, made if it is not there.
+        create_pr: open a pull request instead.
+        commit_message: title of the commit.
+        commit_description: text of the commit.
+        keep_card: leave a card that the repository has.
+
+    Raises:
+        HfHubHTTPError: the Hub refused; the message says what to do.
+    """
+    api = HfApi(token=token)
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        kept = ["README.md"] if keep_card and api.file_exists(repo_id, "README.md", revision=revision) else None
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=directory,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            ignore_patterns=kept,
+            delete_patterns=list(WEIGHT_FILES),
+        )
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        advice = ADVICE.get(status) or ("the Hub has trouble; try again later" if status >= 500 else None)
+        if advice:
+            error.append_to_message(f"\nCan't upload to {repo_id}: {advice}.")
+        raise
 
 
 def _read_experts(
@@ -250,19 +411,51 @@ def _read_experts(
     if wrong or not experts or len(set(experts)) < len(experts):
         raise ValueError(f"experts={list(experts)} must name different experts out of 0..{num_experts - 1} of {source}")
     index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
-    weight_map = json.loads(Path(index).read_text())["weight_map"] if index else None
+    names = {k: [SAFE_WEIGHTS_NAME] for k in experts}
+    if index:
+        weight_map = _read_index(index, source)
+        names = {k: sorted({f for key, f in weight_map.items() if key.startswith(f"experts.{k}.")}) for k in experts}
+        if pinned := extract_commit_hash(index, None):  # else the files could be those of a later commit
+            hub = {**hub, "revision": pinned}
+    if empty := [k for k in experts if not names[k]]:
+        raise ValueError(f"{source} has {SAFE_WEIGHTS_INDEX_NAME}, but it names no weights of expert {empty[0]}")
+    wanted = sorted({name for files in names.values() for name in files})
+    paths = dict(zip(wanted, cached_files(source, wanted, **hub), strict=True))
     state = {}
     for position, k in enumerate(experts):
-        prefix = f"experts.{k}."
-        names = (
-            {file for key, file in weight_map.items() if key.startswith(prefix)} if weight_map else {SAFE_WEIGHTS_NAME}
-        )
-        for name in sorted(names):
-            with safe_open(cached_file(source, name, **hub), framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118  (a safetensors file is not a mapping)
-                    if key.startswith(prefix):
-                        state[f"experts.{position}.{key.removeprefix(prefix)}"] = file.get_tensor(key)
+        for name in names[k]:
+            tensors = _read_tensors(paths[name], f"experts.{k}.", source)
+            state |= {f"experts.{position}.{key}": tensor for key, tensor in tensors.items()}
     return state
 
 
-__all__ = ["ECLForImageClassification", "ECLImageClassifierOutput"]
+def _read_index(path: str, source: str | Path) -> dict[str, str]:
+    """Tensor name -> file name, which must lie beside the index."""
+    try:
+        weight_map = json.loads(Path(path).read_text())["weight_map"]
+        names = set(weight_map.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} of {source} is no index of weights: {error!r}") from error
+    if strange := [name for name in names if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(name))]:
+        raise ValueError(
+            f"{SAFE_WEIGHTS_INDEX_NAME} of {source} names {strange[0]!r}, which is no weight file beside it"
+        )
+    return weight_map
+
+
+def _read_tensors(path: str, prefix: str, source: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file whose names begin with the prefix, which is removed."""
+    name = Path(path).name
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118  (not a mapping)
+            tensors = {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
+    except SafetensorError as error:
+        raise ValueError(f"{name} of {source} is damaged or no safetensors file ({error}); get it anew") from error
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{name} of {source} holds numbers that are not finite, in {prefix}{key}; don't use it")
+    return tensors
+
+
+__all__ = ["ECLForImageClassification", "ECLImageClassifierOutput", "expert_disagreement"]

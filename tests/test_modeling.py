@@ -139,7 +139,7 @@ def test_a_new_cosine_head_has_no_bias_and_is_bounded_by_its_scale():
 def test_plain_tuple():
     model, x = build(), images()
     out = model(x)
-    logits, expert_logits = model(x, return_dict=False)
+    logits, expert_logits, _ = model(x, return_dict=False)
     assert torch.equal(logits, out.logits)
     assert torch.equal(expert_logits, out.expert_logits)
 
@@ -491,7 +491,7 @@ def test_impossible_counts(counts):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
+        ({"num_experts": 0}, "num_experts must lie in 1..64, got 0"),
         ({"num_experts": "3"}, "num_experts"),
         ({"num_experts": 3.0}, "num_experts"),
         ({"num_experts": None}, "num_experts"),
