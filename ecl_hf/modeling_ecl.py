@@ -13,7 +13,8 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -351,6 +352,22 @@ def short_card(config: ECLConfig, tags: Sequence[str] = ()) -> ModelCard:
     )
 
 
+@contextmanager
+def add_advice(repo_id: str) -> Iterator[None]:
+    """Let an error of the Hub say what to do; a failed connection is a ConnectionError, whatever library reports it."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if advice := ADVICE.get(status, "the Hub has trouble; try again later" if status >= 500 else None):
+            error.append_to_message(f"\nCan't write to {repo_id}: {advice}.")
+        raise
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        raise ConnectionError(f"can't reach the Hub to write to {repo_id}: {error}") from error
+
+
 def upload_directory(
     directory: str | Path,
     repo_id: str,
@@ -380,7 +397,7 @@ def upload_directory(
         HfHubHTTPError: the Hub refused; the message says what to do.
     """
     api = HfApi(token=token)
-    try:
+    with add_advice(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -395,12 +412,6 @@ def upload_directory(
             ignore_patterns=kept,
             delete_patterns=list(WEIGHT_FILES),
         )
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        advice = ADVICE.get(status) or ("the Hub has trouble; try again later" if status >= 500 else None)
-        if advice:
-            error.append_to_message(f"\nCan't upload to {repo_id}: {advice}.")
-        raise
 
 
 def _read_experts(

@@ -17,12 +17,16 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from torch.utils.flop_counter import FlopCounterMode
 
 from ecl_hf.modeling_ecl import ECLForImageClassification
 from ecl_hf.recipe import Recipe
 
-FREE_TO_CHANGE = ("train.max_steps", "train.checkpoint_every", "train.keep_last", "data.path", "data.num_workers")
+FREE_TO_CHANGE = (
+    *("train.max_steps", "train.checkpoint_every", "train.keep_last", "data.path", "data.num_workers"),
+    *("hub.push", "hub.repo_id", "hub.private", "hub.every", "hub.license"),
+)
 """Recipe keys that may differ when a run is continued."""
 
 PACKAGES = ("ecl-hf", "torch", "torchvision", "timm", "transformers", "datasets", "accelerate")
@@ -100,11 +104,11 @@ class RunFolder:
         write_atomically(self.recipe_file, yaml.safe_dump(asdict(recipe), sort_keys=False))
 
     def _compare(self, recipe: Recipe) -> None:
-        old, new = flatten(yaml.safe_load(self.recipe_file.read_text())), flatten(asdict(recipe))
+        old, new = flatten(asdict(Recipe.from_file(self.recipe_file))), flatten(asdict(recipe))
         changed = [
-            f"{key}: {old.get(key)} -> {new.get(key)}"
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and key not in FREE_TO_CHANGE
+            f"{key}: {old[key]} -> {new[key]}"
+            for key in sorted(old)
+            if old[key] != new[key] and key not in FREE_TO_CHANGE
         ]
         if changed:
             raise ValueError(f"{self.path} was begun with another recipe, can't resume: {'; '.join(changed)}")
@@ -138,10 +142,11 @@ class RunFolder:
         kept = [old for old in lines if json.loads(old)["epoch"] < line["epoch"]]
         write_atomically(self.metrics_file, "\n".join([*kept, json.dumps(line)]) + "\n")
 
-    def finish(self, model: ECLForImageClassification, results: dict[str, Any]) -> None:
-        """Write the model, then the results."""
+    def finish(self, model: ECLForImageClassification, card: ModelCard, results: dict[str, Any]) -> None:
+        """Write the model with its card, then the results."""
         partial = self.path / ".model.partial"
         shutil.rmtree(partial, ignore_errors=True)
+        card.save(partial / "README.md")
         model.save_pretrained(partial)
         shutil.rmtree(self.model, ignore_errors=True)
         partial.rename(self.model)

@@ -28,6 +28,10 @@ ALLOWED = {
     "loaders": {"views"},
     "initialise": {"backbones", "configuration_ecl", "methods", "modeling_ecl", "recipe"},
     "evaluation": {"metrics"},
+    "analysis": {"losses", "metrics", "modeling_ecl"},
+    "landscape": set(),
+    "hub": {"configuration_ecl", "metrics", "modeling_ecl"},
+    "pipeline": set(),
     "runs": {"modeling_ecl", "recipe"},
 }
 SCRIPTS = sorted(path.stem for path in (ROOT / "training").glob("*.py"))

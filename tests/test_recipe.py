@@ -57,6 +57,11 @@ PAPER = {
     "train.checkpoint_every": 10,
     "train.keep_last": 2,
     "train.max_steps": None,
+    "hub.push": False,
+    "hub.repo_id": None,
+    "hub.private": False,
+    "hub.every": None,
+    "hub.license": None,
 }
 
 CHANGES = {
@@ -204,6 +209,19 @@ def test_range_of_every_bounded_key(key, allowed, refused, tmp_path):
     for value in refused:
         with pytest.raises(ValueError, match=rf"^{key} must .*, got "):
             from_text(tmp_path, nested(key, value))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("hub: {push: true}\n", "^hub.push needs hub.repo_id$"),
+        ("hub: {every: 5}\n", "^hub.every needs hub.push$"),
+        ("hub: {push: true, repo_id: me/x, every: 0}\n", "^hub.every must be at least 1, got 0$"),
+    ],
+)
+def test_uploads_need_a_repository(text, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        from_text(tmp_path, text)
 
 
 @pytest.mark.parametrize("text", ["5e-3", "0.005", "5.0e-3", "'5e-3'", ".5e-2"])

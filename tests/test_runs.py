@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 
 from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.recipe import DataConfig, LossConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
@@ -80,10 +81,19 @@ def test_key_of_another_version_is_named(tmp_path):
     run = begun(tmp_path / "run")
     tree = yaml.safe_load(run.recipe_file.read_text())
     tree["loss"]["gamma"] = 2.0
-    del tree["loss"]["tau"]
     run.recipe_file.write_text(yaml.safe_dump(tree))
-    with pytest.raises(ValueError, match=r"loss\.gamma: 2\.0 -> None; loss\.tau: None -> 1\.0"):
+    with pytest.raises(ValueError, match=r"recipe\.yaml.*'gamma'"):
         run.check(Recipe(), resume=True)
+
+
+def test_key_that_an_older_recipe_lacks_had_its_default(tmp_path):
+    run = begun(tmp_path / "run")
+    tree = yaml.safe_load(run.recipe_file.read_text())
+    del tree["loss"]["tau"], tree["hub"]
+    run.recipe_file.write_text(yaml.safe_dump(tree))
+    run.check(Recipe(), resume=True)
+    with pytest.raises(ValueError, match=r"resume: loss\.tau: 1\.0 -> 0\.5$"):
+        run.check(Recipe(loss=LossConfig(tau=0.5)), resume=True)
 
 
 FREE = {
@@ -92,6 +102,11 @@ FREE = {
     "train.keep_last": 9,
     "data.path": "/mnt/elsewhere",
     "data.num_workers": 4,
+    "hub.push": True,
+    "hub.repo_id": "me/model",
+    "hub.private": True,
+    "hub.every": 5,
+    "hub.license": "mit",
 }
 
 
@@ -220,7 +235,7 @@ class FakeModel:
         self.content, self.fails = content, fails
 
     def save_pretrained(self, directory):
-        Path(directory).mkdir(parents=True)
+        Path(directory).mkdir(parents=True, exist_ok=True)
         (Path(directory) / "weights").write_text(self.content)
         if self.fails:
             raise OSError("no space left")
@@ -229,15 +244,16 @@ class FakeModel:
 def test_finish_writes_the_model_and_then_the_results(tmp_path):
     run = RunFolder(tmp_path)
     assert not run.finished
-    run.finish(FakeModel("half way"), {"finished": False, "top1": 0.5})
+    run.finish(FakeModel("half way"), ModelCard("half way"), {"finished": False, "top1": 0.5})
     assert not run.finished
     with pytest.raises(OSError, match="no space"):
-        run.finish(FakeModel("broken", fails=True), {"finished": True})
+        run.finish(FakeModel("broken", fails=True), ModelCard("broken"), {"finished": True})
     assert (tmp_path / "model" / "weights").read_text() == "half way"
     assert json.loads((tmp_path / "results.json").read_text()) == {"finished": False, "top1": 0.5}
-    run.finish(FakeModel("final"), {"finished": True, "top1": 0.75})
+    run.finish(FakeModel("final"), ModelCard("final"), {"finished": True, "top1": 0.75})
     assert run.finished
     assert (tmp_path / "model" / "weights").read_text() == "final"
+    assert (tmp_path / "model" / "README.md").read_text().endswith("final")
     assert json.loads((tmp_path / "results.json").read_text())["top1"] == 0.75
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "results.json"]
 

@@ -21,6 +21,7 @@ import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, skip_first_batches
 from accelerate.utils import set_seed
+from huggingface_hub.utils import disable_progress_bars
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from timm.utils import distribute_bn
 from tqdm import tqdm
@@ -28,13 +29,17 @@ from tqdm import tqdm
 from ecl_hf.collaborative import CollaborativeTask
 from ecl_hf.data import load_longtailed
 from ecl_hf.evaluation import format_table, predict, summarise
+from ecl_hf.hub import BackgroundUpload, check_upload, model_card
 from ecl_hf.initialise import initialise_model
 from ecl_hf.loaders import ViewDataset, evaluation_loader, train_loader
 from ecl_hf.methods import METHODS
 from ecl_hf.metrics import shot_groups
+from ecl_hf.modeling_ecl import upload_directory
 from ecl_hf.recipe import Recipe
 from ecl_hf.runs import Progress, RunFolder, describe_environment, describe_model, flatten
 from ecl_hf.views import contrastive_view, evaluation_view, supervised_view
+
+CARD = Path(__file__).resolve().parents[1] / "hub_cards" / "model_card.md"
 
 
 def parse(argv: Sequence[str] | None) -> tuple[Recipe, Namespace]:
@@ -69,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Train, evaluate the last epoch and write the run folder, whose path is returned."""
     recipe, args = parse(argv)
     datasets.disable_progress_bars()
+    disable_progress_bars()  # of uploads, which would mix with those of the training
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     accumulation = recipe.train.gradient_accumulation_steps
@@ -104,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         model = initialise_model(recipe.model, method, data.class_counts, data.class_names)
         size = describe_model(model)
         environment = describe_environment(processes, accelerator.device)
+        if recipe.hub.push and accelerator.is_main_process:
+            check_upload(recipe.hub.repo_id, recipe.hub.private or None)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             run.open(recipe)
@@ -146,6 +154,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         f"{len(counts)} classes of {max(counts)} to {min(counts)}, {processes} process(es) on {accelerator.device.type}"
     )
 
+    upload = None
+    if recipe.hub.every and accelerator.is_main_process:
+        upload = BackgroundUpload(recipe.hub.repo_id, tqdm.write)
     bar = tqdm(total=last_step, initial=progress.step, unit="step", disable=not accelerator.is_main_process)
     task.train()
     while progress.step < last_step:
@@ -192,7 +203,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 run.publish_checkpoint(progress, recipe.train.keep_last)
+        if upload and ended and progress.epoch % recipe.hub.every == 0 and progress.step < total_steps:
+            card = model_card(CARD, plain.model.config, None, recipe.hub.repo_id, license=recipe.hub.license)
+            if not upload.offer(plain.model, card, f"Epoch {progress.epoch} of {recipe.epochs}"):
+                say(f"epoch {progress.epoch} is not uploaded: the upload before it is still under way")
     bar.close()
+    if upload:
+        upload.wait()
 
     # The reported numbers are the last epoch's: there is no validation split to choose another by.
     predictions = predict(
@@ -225,8 +242,16 @@ def main(argv: Sequence[str] | None = None) -> Path:
         }
         ensemble = results["test"]["plain"]["ensemble"].items()
         accelerator.log({f"test/{name}": value for name, value in ensemble if value is not None}, step=progress.step)
-        run.finish(plain.model, results)
+        card = model_card(CARD, plain.model.config, results, recipe.hub.repo_id, license=recipe.hub.license)
+        run.finish(plain.model, card, results)
         say(report(run))
+        if recipe.hub.push and results["finished"]:
+            try:
+                commit = upload_directory(run.model, recipe.hub.repo_id, commit_message=f"{recipe.epochs} epochs")
+                say(f"uploaded to {commit.repo_url}, revision {commit.oid}")
+            except (OSError, ValueError) as error:
+                again = f"python training/export.py --run {run.path} --push --repo_id {recipe.hub.repo_id}"
+                say(f"the upload failed, the run is complete; repeat it with\n    {again}\n{error}")
     accelerator.end_training()
     return run.path
 

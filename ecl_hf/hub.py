@@ -1,0 +1,282 @@
+"""What goes to the Hub beside the weights: model cards, one expert as a plain timm model, ONNX files, uploads."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from torch import Tensor, nn
+
+from ecl_hf.configuration_ecl import ECLConfig
+from ecl_hf.metrics import shot_groups
+from ecl_hf.modeling_ecl import ECLCosineHead, ECLForImageClassification, add_advice, upload_directory
+
+METRICS = {
+    "top1": ("accuracy", "Top-1 accuracy"),
+    "many": ("accuracy", "Accuracy, classes with more than 100 training images"),
+    "medium": ("accuracy", "Accuracy, classes with 20 to 100 training images"),
+    "few": ("accuracy", "Accuracy, classes with fewer than 20 training images"),
+    "ece": ("expected_calibration_error", "Expected calibration error, 15 bins"),
+}
+
+
+def best_expert(results: dict[str, Any] | None) -> int | None:
+    """The expert with the best recorded top-1 without flip; None if nothing was recorded."""
+    if results is None:
+        return None
+    scores = [expert["top1"] for expert in results["test"]["plain"]["experts"]]
+    return max(range(len(scores)), key=scores.__getitem__)
+
+
+def percent(value: float | None) -> str:
+    """A fraction as a percentage with one decimal; "none" where there is nothing to average."""
+    return "none" if value is None else f"{100 * value:.1f}"
+
+
+def _data_name(results: dict[str, Any], dataset: str | None) -> str:
+    data = results["recipe"]["data"]
+    return dataset or data["path"] or data["source"]
+
+
+def _eval_results(results: dict[str, Any], dataset: str | None, expert: int | None) -> list[EvalResult]:
+    """The scores of the ensemble or of one expert without flip, in the Hub's form."""
+    name, test = _data_name(results, dataset), results["test"]["plain"]
+    scores = test["ensemble"] if expert is None else test["experts"][expert]
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=name,
+            dataset_name=name,
+            dataset_split=results["recipe"]["data"]["test_split"],
+            metric_type=kind,
+            metric_name=title,
+            metric_value=round(scores[key], 4),
+        )
+        for key, (kind, title) in METRICS.items()
+        if scores[key] is not None
+    ]
+
+
+def _rows(results: dict[str, Any]) -> list[dict[str, str]]:
+    """The table of scores: ensemble and experts, without flip and with it (unless mirroring changes the class)."""
+    kinds = ["plain", "flip"] if results["recipe"]["data"]["horizontal_flip"] else ["plain"]
+    rows = []
+    for kind in kinds:
+        test = results["test"][kind]
+        entries = [("ensemble", test["ensemble"])] if len(test["experts"]) > 1 else []
+        entries += [(f"expert {k}", scores) for k, scores in enumerate(test["experts"])]
+        for name, scores in entries:
+            cells = {key: percent(scores[key]) for key in METRICS}
+            rows.append({"model": name, "flip": "yes" if kind == "flip" else "no", **cells})
+    return rows
+
+
+def model_card(
+    template: Path,
+    config: ECLConfig,
+    results: dict[str, Any] | None,
+    repo_id: str | None = None,
+    *,
+    dataset: str | None = None,
+    license: str | None = None,
+    plot: str | None = None,
+    expert: int | None = None,
+) -> ModelCard:
+    """Fill a template of `hub_cards/` with what the configuration and the results file say, and nothing else.
+
+    Args:
+        template: Jinja file.
+        config: of the model.
+        results: content of the run's `results.json`; None where nothing was measured.
+        repo_id: repository that the examples name.
+        dataset: Hub id of the training data; by default the recipe's source, if the run did not read a local copy.
+        license: Hub identifier of the model's licence.
+        plot: file name of the picture of the class counts, beside the card.
+        expert: position of the one expert that the repository holds; None for the ensemble.
+    """
+    recipe = results["recipe"] if results else None
+    if dataset is None and recipe and not recipe["data"]["path"] and "/" in recipe["data"]["source"]:
+        dataset = recipe["data"]["source"]
+    pretrained = recipe["model"]["pretrained"] if recipe else False
+    base_model = timm.get_pretrained_cfg(config.architecture).hf_hub_id if pretrained is True else None
+    if isinstance(pretrained, str) and not Path(pretrained).suffix:
+        base_model = pretrained.removeprefix("hf-hub:")
+    metadata = ModelCardData(
+        model_name=(repo_id or "ecl").split("/")[-1],
+        license=license,
+        library_name="transformers" if expert is None else "timm",
+        pipeline_tag="image-classification",
+        tags=["ecl", "long-tailed", "class-imbalance", "timm"],
+        datasets=[dataset] if dataset else None,
+        base_model=base_model,
+        metrics=["accuracy"] if results else None,
+        eval_results=_eval_results(results, dataset, expert) if results else None,
+    )
+    counts = config.class_counts
+    names = [config.id2label[c] for c in range(config.num_labels)]
+    return ModelCard.from_template(
+        metadata,
+        template_path=template,
+        config=config,
+        repo_id=repo_id or "REPOSITORY",
+        results=results,
+        rows=_rows(results) if results else None,
+        test=results["test"] if results else None,
+        data_name=_data_name(results, dataset) if results else None,
+        recipe_yaml=yaml.safe_dump(recipe, sort_keys=False).strip() if recipe else None,
+        classes=list(zip(names, counts, strict=True)) if counts else None,
+        groups={name: int(mask.sum()) for name, mask in shot_groups(counts).items()} if counts else None,
+        license_name=license,
+        plot=plot,
+        expert=expert,
+        best=best_expert(results),
+        percent=percent,
+        registered_with_timm=not config.architecture.endswith("_cifar"),
+    )
+
+
+def save_timm(model: ECLForImageClassification, expert: int, directory: Path) -> None:
+    """Write one expert as a plain timm model, which timm and stock transformers load without this package.
+
+    A CIFAR ResNet is the exception: timm does not know it, so `import ecl_hf` must come first.
+
+    Args:
+        model: the ensemble.
+        expert: position of the expert in `model`.
+        directory: where to; it gets `config.json` and `model.safetensors`.
+
+    Raises:
+        ValueError: the classifier has no counterpart in timm: a cosine classifier, or a timm model with two heads.
+    """
+    chosen, config = model.experts[expert], model.config
+    if isinstance(chosen.head, ECLCosineHead):
+        raise ValueError("timm's models have linear classifiers: an expert with a cosine classifier can't be one")
+    plain = timm.create_model(config.architecture, num_classes=config.num_labels, **(config.model_args or {}))
+    classifier = plain.pretrained_cfg["classifier"]
+    if not isinstance(classifier, str) or type(plain.get_submodule(classifier)) is not nn.Linear:
+        raise ValueError(f"{config.architecture} does not end in one linear classifier: no place for the expert's head")
+    state = chosen.backbone.state_dict() | {
+        f"{classifier}.{name}": tensor for name, tensor in chosen.head.state_dict().items()
+    }
+    plain.load_state_dict(state, strict=True)
+    plain.eval()
+    image = torch.randn(2, *config.pretrained_cfg["input_size"])
+    with torch.no_grad():
+        if not torch.allclose(plain(image), chosen.float().eval()(image)[1], rtol=1e-3, atol=1e-3):
+            raise ValueError(f"{config.architecture} treats features differently with a classifier: can't be exported")
+    timm.models.save_for_hf(
+        plain,
+        directory,
+        model_config={"label_names": [config.id2label[c] for c in range(config.num_labels)]},
+        model_args=config.model_args,
+        safe_serialization=True,
+        data_config={key: tuple(v) if isinstance(v, list) else v for key, v in config.pretrained_cfg.items()},
+    )
+    file = Path(directory) / "config.json"
+    written = json.loads(file.read_text())
+    written["model_args"].pop("num_classes", None)  # stated elsewhere too, and transformers stumbles over the second
+    file.write_text(json.dumps(written, indent=2) + "\n")
+
+
+class _Logits(nn.Module):
+    def __init__(self, model: ECLForImageClassification) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.model(pixel_values).logits
+
+
+def save_onnx(model: ECLForImageClassification, file: Path) -> float:
+    """Write the ensemble's logits as an ONNX graph for any batch size, and run it.
+
+    Args:
+        model: all experts that the graph shall hold.
+        file: to write; input `pixel_values` [B, 3, H, W], output `logits` [B, C].
+
+    Returns:
+        Largest difference between ONNX Runtime's logits and PyTorch's, over 3 random images.
+
+    Raises:
+        ImportError: the packages of the extra `onnx` are not installed.
+        ValueError: ONNX Runtime computes other logits.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (what torch.onnx.export needs)
+    except ImportError as error:
+        raise ImportError("ONNX export needs pip install 'ecl-hf[onnx]'") from error
+    model = model.float().eval()
+    size = model.config.pretrained_cfg["input_size"]
+    torch.onnx.export(
+        _Logits(model).eval(),
+        (torch.randn(2, *size),),
+        file,
+        input_names=["pixel_values"],
+        output_names=["logits"],
+        dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
+        dynamo=True,
+        external_data=sum(p.nbytes for p in model.parameters()) > 1e9,  # a single file holds two gigabytes
+        verbose=False,
+    )
+    images = torch.randn(3, *size)
+    with torch.no_grad():
+        expected = model(images).logits
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    actual = torch.from_numpy(session.run(["logits"], {"pixel_values": images.numpy()})[0])
+    difference = (actual - expected).abs().max().item()
+    if not difference <= 1e-3 * max(1.0, expected.abs().max().item()):
+        raise ValueError(f"ONNX Runtime's logits differ from PyTorch's by {difference:.2g}")
+    return difference
+
+
+def check_upload(repo_id: str, private: bool | None = None) -> None:
+    """Make the repository if it is not there, so that a wrong name or token shows before hours of training.
+
+    Raises:
+        HfHubHTTPError: the Hub refused; the message says what to do.
+    """
+    with add_advice(repo_id):
+        HfApi().create_repo(repo_id, private=private, exist_ok=True)
+
+
+class BackgroundUpload:
+    """Uploads a model now and then while training goes on; one upload at a time.
+
+    Args:
+        repo_id: Hub repository.
+        report: is called with a sentence when an upload failed.
+    """
+
+    def __init__(self, repo_id: str, report: Callable[[str], None]) -> None:
+        self.repo_id = repo_id
+        self.report = report
+        self.executor = ThreadPoolExecutor(max_workers=1)
+        self.running: Future | None = None
+
+    def offer(self, model: ECLForImageClassification, card: ModelCard, message: str) -> bool:
+        """Copy the model as it is now and upload the copy; False if the upload before is still under way."""
+        if self.running is not None and not self.running.done():
+            return False
+        directory = tempfile.TemporaryDirectory()
+        card.save(Path(directory.name) / "README.md")
+        model.save_pretrained(directory.name)
+        self.running = self.executor.submit(self._upload, directory, message)
+        return True
+
+    def wait(self) -> None:
+        """Let the last upload end."""
+        self.executor.shutdown()
+
+    def _upload(self, directory: tempfile.TemporaryDirectory, message: str) -> None:
+        with directory:
+            try:
+                upload_directory(directory.name, self.repo_id, commit_message=message)
+            except Exception as error:  # whatever it is, training must go on
+                self.report(f"the upload to {self.repo_id} failed ({message}), training goes on: {error}")

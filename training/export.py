@@ -1,0 +1,129 @@
+"""Publish a trained model: as a Hub repository with its card, one expert as a plain timm model, or as an ONNX file.
+
+python training/export.py --run runs/c100 --output out                        # the ensemble, ready for the Hub
+python training/export.py --run runs/c100 --push --repo_id me/ecl-c100        # the same, uploaded
+python training/export.py --run runs/c100 --output out --timm                 # the best expert, for timm alone
+python training/export.py --run runs/c100 --output out --onnx --expert 1      # one expert, for ONNX Runtime
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import transformers
+from jsonargparse import ArgumentParser, Namespace
+
+from ecl_hf import ECLForImageClassification
+from ecl_hf.hub import best_expert, model_card, save_onnx, save_timm
+from ecl_hf.modeling_ecl import upload_directory
+from ecl_hf.runs import RunFolder
+
+CARDS = Path(__file__).resolve().parents[1] / "hub_cards"
+
+
+def parse(argv: Sequence[str] | None) -> Namespace:
+    """Read the flags, and refuse combinations that make no sense."""
+    parser = ArgumentParser(prog="export.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--run", type=Path | None, help="Run folder: its model and its test results")
+    parser.add_argument("--model", type=str | None, help="Directory or Hub repository of a model, instead of --run")
+    parser.add_argument("--results", type=Path | None, help="results.json for the card; the run's when --run is given")
+    parser.add_argument("--output", type=Path | None, help="Directory to write; it must not exist, or be empty")
+    parser.add_argument("--timm", action="store_true", help="One expert as a plain timm model")
+    parser.add_argument("--onnx", action="store_true", help="An ONNX graph of the ensemble, or of one --expert")
+    parser.add_argument(
+        "--expert", type=int | None, help="Position of one expert; for --timm the best recorded one when not given"
+    )
+    parser.add_argument("--push", action="store_true", help="Upload to --repo_id")
+    parser.add_argument("--repo_id", type=str | None, help="Hub repository, as in me/name; the card names it")
+    parser.add_argument("--private", action="store_true", help="Make a new repository private")
+    parser.add_argument("--license", type=str | None, help="Hub identifier of the model's licence, such as mit")
+    parser.add_argument("--dataset", type=str | None, help="Hub id of the training data, for the card")
+    args = parser.parse_args(argv)
+    if (args.run is None) == (args.model is None):
+        parser.error("give either --run or --model")
+    if args.output is None and not args.push:
+        parser.error("give --output, --push or both")
+    if args.push and args.repo_id is None:
+        parser.error("--push needs --repo_id")
+    if args.onnx and (args.timm or args.push):
+        parser.error("--onnx writes files for ONNX Runtime: it goes with neither --timm nor --push")
+    if args.expert is not None and not (args.timm or args.onnx):
+        parser.error("--expert goes with --timm or --onnx: the ensemble's repository serves single experts anyway")
+    return args
+
+
+def read_results(args: Namespace) -> dict[str, Any] | None:
+    """The results file that was named, or the run's; None if there is none."""
+    file = args.results or (RunFolder(args.run).results_file if args.run else None)
+    if file is None or (args.results is None and not file.exists()):
+        return None
+    try:
+        results = json.loads(file.read_text())
+        results["test"]["plain"]["experts"], results["recipe"]["data"]  # else it is another file
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no results file of a run: {error!r}") from error
+    return results
+
+
+def export(args: Namespace, results: dict[str, Any] | None, directory: Path) -> str:
+    """Write what was asked for into an empty directory; returns a sentence about it."""
+    source = str(args.model or RunFolder(args.run).model)
+    expert = args.expert
+    if args.timm and expert is None:
+        expert = best_expert(results) or 0
+    model = ECLForImageClassification.from_pretrained(source, experts=None if expert is None else [expert])
+    which = f"{len(model.experts)} expert(s)" if expert is None else f"expert {expert}"
+    if args.onnx:
+        difference = save_onnx(model, directory / "model.onnx")
+        model.config.to_json_file(directory / "config.json")  # class names, size and normalisation of the input
+        return f"{which} of {source} as model.onnx; ONNX Runtime's logits differ from PyTorch's by {difference:.1e}"
+    card = {"repo_id": args.repo_id, "dataset": args.dataset, "license": args.license, "expert": expert}
+    template = CARDS / ("timm_card.md" if args.timm else "model_card.md")
+    model_card(template, model.config, results, **card).save(directory / "README.md")
+    if args.timm:
+        save_timm(model, 0, directory)
+        known = timm.is_model(model.config.architecture) and not model.config.architecture.endswith("_cifar")
+        return f"{which} of {source} as a timm model" + ("" if known else "; `import ecl_hf` before loading it")
+    model.save_pretrained(directory)
+    return f"{which} of {source} with card"
+
+
+def main(argv: Sequence[str] | None = None) -> Path | None:
+    """Write and upload what was asked for; returns the output directory if there is one."""
+    args = parse(argv)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        if args.output and args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+            raise FileExistsError(f"output {args.output} exists and is not an empty directory")
+        if args.run and not RunFolder(args.run).model.is_dir():
+            raise FileNotFoundError(f"{args.run} holds no model; is it the folder of a finished run?")
+        results = read_results(args)
+        beside = args.output.absolute().parent if args.output else None
+        if beside:
+            beside.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=beside, prefix=".export-") as temporary:
+            directory = Path(temporary) / "model"
+            directory.mkdir()
+            print(export(args, results, directory))
+            if results is None and not args.onnx:
+                print("no results.json: the card says that nothing was measured")
+            if args.push:
+                commit = upload_directory(directory, args.repo_id, private=args.private or None)
+                print(f"uploaded to {commit.repo_url}, revision {commit.oid}")
+            if args.output:
+                if args.output.exists():
+                    args.output.rmdir()
+                directory.rename(args.output)
+                print(f"written to {args.output}")
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    return args.output
+
+
+if __name__ == "__main__":
+    main()
