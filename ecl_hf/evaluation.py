@@ -1,5 +1,6 @@
 """From a model and a test loader to the numbers that are reported."""
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ecl_hf.metrics import expected_calibration_error, group_accuracy
+from ecl_hf.metrics import expected_calibration_error, group_accuracy, topk_accuracy
 
 
 @dataclass(frozen=True)
@@ -18,62 +19,102 @@ class Predictions:
         labels: [N].
         expert_logits: [N, K, C].
         flipped_logits: the same of the mirrored images, [N, K, C].
+        features: pooled backbone features of the images as they are, [N, K, D], when asked for.
     """
 
     labels: Tensor
     expert_logits: Tensor
     flipped_logits: Tensor
+    features: Tensor | None = None
+
+    @property
+    def both_logits(self) -> Tensor:
+        """Test-time flip: mean of the logits of an image and its mirror image, [N, K, C]."""
+        return (self.expert_logits + self.flipped_logits) / 2
 
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, batches: Iterable[dict[str, Tensor]], gather: Callable[[Any], Any] = lambda tensors: tensors
+    model: nn.Module,
+    batches: Iterable[dict[str, Tensor]],
+    gather: Callable[[Any], Any] = lambda tensors: tensors,
+    with_features: bool = False,
 ) -> Predictions:
     """Run the ensemble over a test set, each image as it is and mirrored.
 
     Args:
-        model: returns `expert_logits`, [B, K, C]; its mode is restored afterwards.
+        model: returns `expert_logits`, [B, K, C], and if asked `features`, [B, K, D]; its mode is restored afterwards.
         batches: dictionaries with `pixel_values` [B, 3, H, W] and `labels` [B], on the model's device.
         gather: joins tensors of all processes without the padding (`Accelerator.gather_for_metrics`).
+        with_features: keep the features too.
     """
+    asked = {"output_features": True} if with_features else {}
     was_training = model.training
     model.eval()
     parts = []
     for batch in batches:
         pixel_values = batch["pixel_values"]
-        logits = model(pixel_values).expert_logits.float()
-        flipped = model(pixel_values.flip(-1)).expert_logits.float()
-        parts.append([tensor.cpu() for tensor in gather((batch["labels"], logits, flipped))])
+        output = model(pixel_values, **asked)
+        flipped = model(pixel_values.flip(-1)).expert_logits
+        tensors = [batch["labels"], output.expert_logits.float(), flipped.float()]
+        if with_features:
+            tensors.append(output.features.float())
+        parts.append([tensor.cpu() for tensor in gather(tuple(tensors))])
     model.train(was_training)
     return Predictions(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
 def score(logits: Tensor, labels: Tensor, class_counts: list[int]) -> dict[str, float | None]:
-    """Top-1, accuracy of the shot groups (None where a group is empty) and ECE of [N, C] logits; fractions in 0..1."""
+    """Top-1, shot groups (None if empty), ECE and top-5 (None up to 5 classes) of [N, C] logits; fractions in 0..1."""
     accuracy = group_accuracy(logits.argmax(-1), labels, class_counts)
     ece = expected_calibration_error(logits.double().softmax(-1), labels)
-    return {"top1": accuracy.pop("overall"), **accuracy, "ece": ece}
+    return {"top1": accuracy.pop("overall"), **accuracy, "ece": ece, "top5": topk_accuracy(logits, labels)}
 
 
 def summarise(predictions: Predictions, class_counts: list[int]) -> dict[str, Any]:
-    """Scores of the ensemble, each expert and their mean, without and with test-time flip.
+    """Scores of the ensemble, each expert, their mean and the best of them, without and with test-time flip.
 
-    Test-time flip is the mean of the logits of an image and its mirror image.
+    The best expert is chosen by its top-1 on the very images that are reported, which flatters it; the mean does not.
 
     Returns:
-        `{"plain" | "flip": {"ensemble": score, "experts": [score] * K, "expert_mean": score}}`.
+        `{"plain" | "flip": {"ensemble": score, "experts": [score] * K, "expert_mean": score, "expert_best": score}}`.
     """
-    both = (predictions.expert_logits + predictions.flipped_logits) / 2
     summary = {}
-    for name, logits in (("plain", predictions.expert_logits), ("flip", both)):
+    for name, logits in (("plain", predictions.expert_logits), ("flip", predictions.both_logits)):
         experts = [score(expert, predictions.labels, class_counts) for expert in logits.unbind(1)]
         mean = {
             key: None if experts[0][key] is None else sum(expert[key] for expert in experts) / len(experts)
             for key in experts[0]
         }
         ensemble = score(logits.mean(1), predictions.labels, class_counts)
-        summary[name] = {"ensemble": ensemble, "experts": experts, "expert_mean": mean}
+        best = max(experts, key=lambda expert: expert["top1"])
+        summary[name] = {"ensemble": ensemble, "experts": experts, "expert_mean": mean, "expert_best": best}
     return summary
+
+
+@torch.no_grad()
+def measure_speed(model: nn.Module, pixel_values: Tensor, repeats: int = 5) -> float:
+    """Images per second of the whole model's forward pass, without loading and flip; its mode is restored afterwards.
+
+    Args:
+        model: takes `pixel_values`.
+        pixel_values: a batch on the model's device, [B, 3, H, W].
+        repeats: timed passes, after one to warm up.
+    """
+    was_training = model.training
+    model.eval()
+    model(pixel_values)
+    accelerator = torch.accelerator if pixel_values.device.type != "cpu" else None
+    if accelerator:
+        accelerator.synchronize()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        model(pixel_values)
+    if accelerator:
+        accelerator.synchronize()
+    seconds = time.perf_counter() - started
+    model.train(was_training)
+    return repeats * len(pixel_values) / seconds
 
 
 def format_table(summary: dict[str, Any]) -> str:

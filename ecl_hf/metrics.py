@@ -83,3 +83,55 @@ def feature_distance(features_a: Tensor, features_b: Tensor, labels: Tensor, num
     distance = (features_a - features_b).norm(dim=-1)
     total = distance.new_zeros(num_classes).index_add_(0, labels, distance)
     return total / torch.bincount(labels, minlength=num_classes)
+
+
+def topk_accuracy(logits: Tensor, labels: Tensor, k: int = 5) -> float | None:
+    """Share of the images whose class is among the k largest logits; None where that is no achievement (C <= k).
+
+    Args:
+        logits: [N, C].
+        labels: [N].
+        k: classes that may be named.
+    """
+    from torchmetrics.functional.classification import multiclass_accuracy
+
+    if logits.shape[-1] <= k:
+        return None
+    return multiclass_accuracy(logits, labels, num_classes=logits.shape[-1], average="micro", top_k=k).item()
+
+
+def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Images of each true class (row) that were given each class (column), [N], [N] -> [C, C], int64."""
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+    return multiclass_confusion_matrix(predictions, labels, num_classes=num_classes)
+
+
+def class_accuracy(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Accuracy of each class, [N], [N] -> [C], float64; NaN for a class without image."""
+    hits = torch.bincount(labels[predictions == labels], minlength=num_classes)
+    return hits.double() / torch.bincount(labels, minlength=num_classes)
+
+
+def reliability_table(probabilities: Tensor, labels: Tensor, num_bins: int = 15) -> dict[str, list[float | None]]:
+    """The bins behind `expected_calibration_error` (Fig. 9).
+
+    Args:
+        probabilities: rows that sum to one, [N, C].
+        labels: [N].
+        num_bins: equal-width bins on 0..1 of the largest probability; an inner edge belongs to the bin above it.
+
+    Returns:
+        For each bin its `share` of the images, and their mean `confidence` and `accuracy`, None where it is empty.
+    """
+    confidence, predictions = probabilities.double().max(-1)
+    edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64, device=confidence.device)
+    bins = (torch.bucketize(confidence, edges, right=True) - 1).clamp(max=num_bins - 1)
+    size = torch.bincount(bins, minlength=num_bins)
+
+    def mean(values: Tensor) -> list[float | None]:
+        total = torch.zeros_like(edges[1:]).index_add_(0, bins, values.double())
+        return [(t / n).item() if n else None for t, n in zip(total, size, strict=True)]
+
+    share = (size.double() / len(labels)).tolist()
+    return {"share": share, "confidence": mean(confidence), "accuracy": mean(predictions == labels)}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from ecl_hf.evaluation import Predictions, format_table, predict, score, summarise
+from ecl_hf.evaluation import Predictions, format_table, measure_speed, predict, score, summarise
 
 EXPERTS, CLASSES, SIDE = 3, 4, 5
 COUNTS = [300, 100, 20, 3]
@@ -92,6 +92,7 @@ def test_score_by_hand():
         "many": 0.5,
         "medium": 0.5,
         "few": None,
+        "top5": None,
     }
     # confidences e^z / (e^z + 3): 0.870 hit, 0.711 hit, and twice 0.475 missed; three of 15 bins
     first, second, third = (torch.tensor(z).double().exp() / (torch.tensor(z).double().exp() + 3) for z in (3, 2, 1))
@@ -124,7 +125,7 @@ def test_summary_against_scores_of_each_part():
     assert list(summary) == ["plain", "flip"]
     for name, logits in (("plain", plain.numpy()), ("flip", (plain.numpy() + flipped.numpy()) / 2)):
         part = summary[name]
-        assert part.keys() == {"ensemble", "experts", "expert_mean"}
+        assert part.keys() == {"ensemble", "experts", "expert_mean", "expert_best"}
         experts = [score(torch.tensor(logits[:, k]), labels, COUNTS) for k in range(EXPERTS)]
         assert part["experts"] == experts
         ensemble = score(torch.tensor(sum(logits[:, k] for k in range(EXPERTS)) / EXPERTS), labels, COUNTS)
@@ -132,6 +133,8 @@ def test_summary_against_scores_of_each_part():
         for key in ("top1", "many", "medium", "few", "ece"):
             assert part["expert_mean"][key] == pytest.approx(sum(expert[key] for expert in experts) / EXPERTS)
         assert ensemble["top1"] > part["expert_mean"]["top1"]
+        assert part["expert_best"] in experts
+        assert part["expert_best"]["top1"] == max(expert["top1"] for expert in experts)
 
 
 def test_empty_group_stays_none_and_is_printed():
@@ -156,3 +159,37 @@ def test_table_of_a_single_expert_has_one_row():
     summary = summarise(predictions_of(logits, logits, [1]), [500, 3])
     _, row = format_table(summary["plain"]).splitlines()
     assert row.split()[:-1] == ["expert", "0", "0.0", "none", "none", "0.0"]
+
+
+class FeatureModel(PixelModel):
+    def forward(self, pixel_values, output_features=False):
+        output = super().forward(pixel_values)
+        output.features = pixel_values[:, :, 0, :2].double() if output_features else None  # [B, K = 3, D = 2]
+        return output
+
+
+def test_features_are_those_of_the_images_as_they_are():
+    model, batches = FeatureModel(), make_batches([4, 3])
+    result = predict(model, batches, with_features=True)
+    images = torch.cat([batch["pixel_values"] for batch in batches])
+    assert_close(result.features, images[:, :, 0, :2])
+    assert predict(model, batches).features is None
+    assert_close(result.both_logits, (result.expert_logits + result.flipped_logits) / 2)
+
+
+def test_top5_of_many_classes_is_reported():
+    logits = torch.eye(8)[:, None].repeat(1, 2, 1)  # image i names class i first, then 0, 1, 2, ...
+    logits -= torch.arange(8) / 100
+    labels = torch.tensor([0, 1, 2, 3, 3, 4, 7, 7])  # second choice of images 4 and 5: classes 0, 1, 2, 3, 4 follow
+    summary = summarise(Predictions(labels, logits, logits), [50] * 8)["plain"]
+    assert summary["ensemble"]["top1"] == 5 / 8
+    assert summary["ensemble"]["top5"] == pytest.approx(6 / 8)  # image 5's five are 5, 0, 1, 2, 3; image 6's lack 7
+
+
+def test_speed_leaves_the_model_as_it_was():
+    model = PixelModel().train()
+    statistics = model.norm.running_mean.clone()
+    assert measure_speed(model, torch.randn(4, 3, SIDE, SIDE), repeats=2) > 0
+    assert model.modes == [False] * 3
+    assert model.training
+    assert torch.equal(model.norm.running_mean, statistics)

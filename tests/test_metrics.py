@@ -7,7 +7,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ecl_hf.metrics import expected_calibration_error, feature_distance, group_accuracy, shot_groups
+from ecl_hf.metrics import (
+    class_accuracy,
+    confusion_matrix,
+    expected_calibration_error,
+    feature_distance,
+    group_accuracy,
+    reliability_table,
+    shot_groups,
+    topk_accuracy,
+)
 
 
 def group_of(count):
@@ -179,3 +188,48 @@ def test_feature_distance_against_a_loop(dtype):
 def test_feature_distance_of_equal_features_is_zero():
     features = torch.randn(6, 3)
     assert feature_distance(features, features, torch.tensor([0, 0, 1, 1, 2, 2]), 3).tolist() == [0, 0, 0]
+
+
+def test_top5_against_a_loop():
+    logits, labels = torch.randn(40, 9), torch.randint(9, (40,))
+    hits = [label in sorted(range(9), key=lambda c: -row[c])[:5] for row, label in zip(logits, labels, strict=True)]
+    assert 0.3 < np.mean(hits) < 0.8
+    assert topk_accuracy(logits, labels) == pytest.approx(np.mean(hits))
+    assert topk_accuracy(logits, labels, k=1) == pytest.approx((logits.argmax(-1) == labels).double().mean().item())
+
+
+@pytest.mark.parametrize(("num_classes", "counts"), [(2, False), (5, False), (6, True)])
+def test_top5_needs_more_than_five_classes(num_classes, counts):
+    assert (topk_accuracy(torch.randn(3, num_classes), torch.tensor([0, 1, 1])) is not None) == counts
+
+
+def test_confusion_and_class_accuracy_by_hand():
+    labels, predictions = torch.tensor([0, 0, 0, 1, 3]), torch.tensor([0, 2, 0, 0, 3])
+    assert confusion_matrix(predictions, labels, 4).tolist() == [[2, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
+    accuracy = class_accuracy(predictions, labels, 4)
+    assert_close(accuracy, torch.tensor([2 / 3, 0, math.nan, 1], dtype=torch.double), equal_nan=True)
+
+
+def test_class_accuracy_is_the_diagonal_of_the_confusion():
+    labels, predictions = torch.randint(6, (2, 200))
+    matrix = confusion_matrix(predictions, labels, 6)
+    assert_close(class_accuracy(predictions, labels, 6), matrix.diagonal().double() / matrix.sum(1))
+    assert matrix.sum() == 200
+
+
+def test_reliability_table_by_hand():
+    """Four bins; the edge 0.75 belongs to the bin above it, the confidence 1 to the last one."""
+    table = reliability_table(binary_rows([0.6, 0.7, 0.75, 1.0]), torch.tensor([0, 1, 1, 0]), num_bins=4)
+    assert table["share"] == [0, 0, 0.5, 0.5]
+    assert table["confidence"] == [None, None, pytest.approx(0.65), pytest.approx(0.875)]
+    assert table["accuracy"] == [None, None, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("num_classes", [2, 10])
+def test_calibration_error_is_that_of_the_table(num_classes):
+    probabilities, labels = (3 * torch.randn(500, num_classes)).softmax(-1), torch.randint(num_classes, (500,))
+    table = reliability_table(probabilities, labels)
+    assert len(table["share"]) == 15
+    bins = zip(table["share"], table["confidence"], table["accuracy"], strict=True)
+    error = sum(share * abs(accuracy - confidence) for share, confidence, accuracy in bins if share)
+    assert expected_calibration_error(probabilities, labels) == pytest.approx(error, abs=1e-12)
