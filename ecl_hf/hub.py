@@ -105,7 +105,7 @@ def model_card(
         dataset = recipe["data"]["source"]
     pretrained = recipe["model"]["pretrained"] if recipe else False
     base_model = timm.get_pretrained_cfg(config.architecture).hf_hub_id if pretrained is True else None
-    if isinstance(pretrained, str) and not Path(pretrained).suffix:
+    if isinstance(pretrained, str) and Path(pretrained).suffix not in (".safetensors", ".bin", ".pth", ".pt"):
         base_model = pretrained.removeprefix("hf-hub:")
     metadata = ModelCardData(
         model_name=(repo_id or "ecl").split("/")[-1],

@@ -367,7 +367,37 @@ def test_a_head_for_other_classes_starts_anew(tmp_path, classifier):
         assert expert.head.bias.abs().max() < 1
 
 
-# --- dtype ---
+# --- dtype, devices, compiling ---
+
+
+@pytest.mark.parametrize("choice", [{}, {"experts": [1]}], ids=["all", "chosen"])
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}], ids=str)
+def test_device_map(ensemble, choice, device_map):
+    model, directory = ensemble
+    loaded = ECLForImageClassification.from_pretrained(directory, device_map=device_map, **choice)
+    x = images()
+    expected = model(x).expert_logits[:, choice.get("experts", slice(None))]
+    assert torch.equal(loaded(x).expert_logits, expected)
+
+
+def test_experts_on_different_devices(ensemble, tmp_path):
+    """The disk stands for a second accelerator: accelerate moves weights and inputs at each expert's forward."""
+    model, directory = ensemble
+    devices = {"experts.0": "cpu", "experts.1": "disk", "experts.2": "cpu"}
+    loaded = ECLForImageClassification.from_pretrained(directory, device_map=devices, offload_folder=tmp_path)
+    assert {parameter.device.type for parameter in loaded.experts[1].parameters()} == {"meta"}
+    x = images()
+    with torch.no_grad():
+        assert torch.equal(loaded(x).expert_logits, model(x).expert_logits)
+
+
+@pytest.mark.parametrize("flags", [{}, {"flip": True, "output_features": True}], ids=str)
+def test_forward_compiles_without_graph_breaks(ensemble, flags):
+    model, _ = ensemble
+    x = images()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)(x, **flags)
+        torch.testing.assert_close(compiled.to_tuple(), model(x, **flags).to_tuple())
 
 
 @pytest.mark.parametrize("choice", [{}, {"experts": [1]}], ids=["all", "chosen"])

@@ -1,0 +1,301 @@
+"""`training/export.py` and the model cards: what a run becomes, loaded by other libraries."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import export
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+import train
+import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import AutoModelForImageClassification, pipeline
+
+from ecl_hf import ECLConfig, ECLForImageClassification
+from ecl_hf.hub import best_expert, model_card
+from ecl_hf.runs import RunFolder
+
+ROOT = Path(__file__).parents[1]
+NAMES = ["red fox", "wolf", "lynx", "otter"]
+COUNTS = [300, 60, 12, 2]
+
+
+def image_batch(model, count=3):
+    return torch.randn(count, *model.config.pretrained_cfg["input_size"])
+
+
+def scores(top1, few):
+    return {"top1": top1, "many": 0.81, "medium": 0.52, "few": few, "ece": 0.07}
+
+
+def results(num_experts, **data):
+    """What `train.py` writes, with the second expert the best."""
+    experts = [scores(0.4 + 0.01 * (k == 1), 0.125) for k in range(num_experts)]
+    test = {"ensemble": scores(0.4375, None), "experts": experts, "expert_mean": experts[0]}
+    recipe = yaml.safe_load((ROOT / "training" / "recipes" / "cifar10_lt.yaml").read_text())
+    data = {"source": "uoft-cs/cifar10", "path": None, "profile": "exponential", "imbalance_factor": 100.0} | data
+    recipe |= {
+        "data": {"split_seed": 0, "test_split": "test", "horizontal_flip": True, **data},
+        "model": {"pretrained": False},
+    }
+    return {
+        "method": "ecl",
+        "seed": 3,
+        "epochs": 200,
+        "steps": 1000,
+        "test": {"plain": test, "flip": {**test, "ensemble": scores(0.4525, None)}},
+        "test_images": 4000,
+        "class_counts": COUNTS,
+        "parameters": 3_000_000,
+        "parameters_per_expert": 1_000_000,
+        "macs": 30_000_000,
+        "macs_per_expert": 10_000_000,
+        "training_seconds": 90.0,
+        "mixed_precision": "no",
+        "machine": {"processes": 2, "device": "cpu"},
+        "versions": {"torch": "1", "timm": "2", "transformers": "3"},
+        "commit": "abc",
+        "recipe": recipe,
+    }
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder whose experts are timm's own `test_resnet`."""
+    return make_run(tmp_path_factory.mktemp("run"), "test_resnet")
+
+
+def make_run(path, architecture, **config):
+    torch.manual_seed(0)
+    config = {"num_experts": 3, "class_counts": COUNTS, "id2label": dict(enumerate(NAMES))} | config
+    model = ECLForImageClassification(ECLConfig(architecture=architecture, **config))
+    model.train()(image_batch(model, 8))  # BatchNorm statistics of its own
+    folder = RunFolder(path)
+    model.save_pretrained(folder.model)
+    folder.results_file.write_text(json.dumps(results(model.config.num_experts)))
+    return folder
+
+
+def load(run, **kwargs):
+    return ECLForImageClassification.from_pretrained(run.model, **kwargs)
+
+
+# --- cards ---
+
+
+def test_every_number_of_the_card_is_in_the_results(run, tmp_path):
+    export.main(
+        ["--run", str(run.path), "--output", str(tmp_path / "out"), "--repo_id", "me/foxes", "--license", "mit"]
+    )
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "image-classification"
+    assert card.data.license == "mit"
+    assert card.data.datasets == ["uoft-cs/cifar10"]
+    assert {"ecl", "long-tailed"} <= set(card.data.tags)
+    recorded = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert {name.split(",")[0] for name in recorded} == {"Top-1 accuracy", "Accuracy", "Expected calibration error"}
+    assert sorted(recorded.values()) == [0.07, 0.4375, 0.52, 0.81]  # no entry for the empty group
+    assert all(result.dataset_type == "uoft-cs/cifar10" for result in card.data.eval_results)
+    assert "| ensemble | no | 43.8 | 81.0 | 52.0 | none | 7.0 |" in card.text
+    assert "| ensemble | yes | 45.2 | 81.0 | 52.0 | none | 7.0 |" in card.text
+    assert "| expert 1 | no | 41.0 | 81.0 | 52.0 | 12.5 | 7.0 |" in card.text
+    assert "| red fox | 300 |" in card.text
+    assert "many): 1; 20 to 100 (medium): 1; fewer (few): 2" in card.text
+    assert card.text.count("me/foxes") >= 4
+    assert "experts=[1]" in card.text
+    assert "target_prior" in card.text
+    assert "@article" in card.text
+
+
+def test_card_says_what_was_not_measured(run):
+    config = load(run).config
+    card = model_card(ROOT / "hub_cards" / "model_card.md", config, None)
+    assert card.data.eval_results is None
+    assert "Not measured." in card.text
+    assert "Licence:** not stated" in card.text
+    assert not any(row.startswith("| ensemble") for row in card.text.splitlines())
+
+
+def test_card_names_no_hub_data_set_for_local_pictures(run):
+    template = ROOT / "hub_cards" / "model_card.md"
+    card = model_card(template, load(run).config, results(3, path="my_foxes"))
+    assert card.data.datasets is None
+    assert "`my_foxes`" in card.text
+    named = model_card(template, load(run).config, results(3, path="cifar10"), dataset="uoft-cs/cifar10")
+    assert named.data.datasets == ["uoft-cs/cifar10"]
+
+
+def test_card_without_flip_where_mirroring_changes_the_class(run):
+    card = model_card(ROOT / "hub_cards" / "model_card.md", load(run).config, results(3, horizontal_flip=False))
+    assert "| ensemble | yes |" not in card.text
+    assert "| ensemble | no |" in card.text
+
+
+@pytest.mark.parametrize("pretrained", [True, "timm/resnet18.a1_in1k", "weights/mine.safetensors"])
+def test_card_names_the_base_model(pretrained):
+    config = ECLConfig(architecture="resnet18.a1_in1k", num_experts=1, num_labels=2)
+    config.pretrained_cfg = {"input_size": [3, 224, 224]}
+    recorded = results(1)
+    recorded["recipe"]["model"]["pretrained"] = pretrained
+    card = model_card(ROOT / "hub_cards" / "model_card.md", config, recorded)
+    expected = None if pretrained == "weights/mine.safetensors" else "timm/resnet18.a1_in1k"
+    assert card.data.base_model == expected
+
+
+def test_committed_card_is_what_the_template_makes_of_the_committed_results():
+    recorded = json.loads((ROOT / "training/results/cifar10_lt_small/ecl-sum/seed0.json").read_text())
+    config = ECLConfig(
+        architecture="resnet20_cifar",
+        class_counts=recorded["class_counts"],
+        id2label=dict(enumerate(recorded["class_names"])),
+        pretrained_cfg={"input_size": [3, 16, 16]},
+    )
+    card = model_card(
+        ROOT / "hub_cards" / "model_card.md", config, recorded, "me/ecl-cifar10-lt-small", dataset="uoft-cs/cifar10"
+    )
+    assert card.content == (ROOT / "hub_cards" / "example_cifar10_lt_small.md").read_text()
+
+
+def test_saving_alone_writes_a_short_card(tmp_path):
+    model = ECLForImageClassification(ECLConfig(architecture="resnet20_cifar", num_experts=2, num_labels=3))
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.pipeline_tag == "image-classification"
+    assert "not measured" in card.text
+    (tmp_path / "README.md").write_text("my own")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "my own"
+
+
+# --- timm ---
+
+
+@pytest.mark.parametrize("flags", [[], ["--expert", "2"]])
+def test_one_expert_as_a_timm_model(run, tmp_path, flags):
+    export.main(["--run", str(run.path), "--output", str(tmp_path / "out"), "--timm", *flags])
+    chosen = 2 if flags else best_expert(results(3))
+    x = image_batch(load(run))
+    with torch.no_grad():
+        expected = load(run)(x).expert_logits[:, chosen]
+        plain = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+        stock = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+        assert torch.equal(plain(x), expected)
+        assert torch.equal(stock(x).logits, expected)
+    assert type(stock).__name__ == "TimmWrapperForImageClassification"
+    assert plain.pretrained_cfg["label_names"] == NAMES
+    assert [stock.config.id2label[c] for c in range(4)] == NAMES
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert f"It is expert {chosen}, " in text
+    assert ("chosen by hand" if flags else "the one with the best recorded top-1") in text
+    assert "import ecl_hf" not in text
+
+
+def test_timm_model_sees_the_same_pixels(run, tmp_path):
+    export.main(["--run", str(run.path), "--output", str(tmp_path / "out"), "--timm"])
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8))
+    ours = pipeline("image-classification", model=load(run, experts=[1]), image_processor=str(run.model))
+    theirs = pipeline("image-classification", model=str(tmp_path / "out"))
+    assert ours(picture) == theirs(picture)
+
+
+def test_timm_export_needs_nothing_of_the_package(run, tmp_path):
+    export.main(["--run", str(run.path), "--output", str(tmp_path / "out"), "--timm"])
+    code = (
+        "import sys, torch, timm\nsys.modules['ecl_hf'] = None\n"
+        "model = timm.create_model('local-dir:out', pretrained=True)\nprint(model.num_classes)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.strip() == "4"
+
+
+def test_cifar_resnets_say_what_to_import(tmp_path, capsys):
+    run = make_run(tmp_path / "run", "resnet20_cifar", num_experts=2)
+    export.main(["--run", str(run.path), "--output", str(tmp_path / "out"), "--timm"])
+    assert "`import ecl_hf` before loading it" in capsys.readouterr().out
+    assert "timm does not know the architecture `resnet20_cifar`" in (tmp_path / "out" / "README.md").read_text()
+    x = image_batch(load(run))
+    with torch.no_grad():
+        plain = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+        assert torch.equal(plain(x), load(run)(x).expert_logits[:, 1])
+
+
+def test_without_results_the_first_expert_is_exported_and_the_card_says_so(run, tmp_path):
+    export.main(["--model", str(run.model), "--output", str(tmp_path / "out"), "--timm"])
+    assert "It is expert 0; no test results were recorded" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_cosine_classifier_is_no_timm_model(tmp_path):
+    run = make_run(tmp_path / "run", "resnet20_cifar", classifier="cosine")
+    with pytest.raises(SystemExit, match="cosine"):
+        export.main(["--run", str(run.path), "--output", str(tmp_path / "out"), "--timm"])
+    assert not (tmp_path / "out").exists()
+
+
+# --- ONNX ---
+
+
+@pytest.mark.parametrize("flags", [[], ["--expert", "1"]])
+def test_onnx(run, tmp_path, flags):
+    export.main(["--run", str(run.path), "--output", str(tmp_path / "out"), "--onnx", *flags])
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    model = load(run, experts=[1] if flags else None)
+    for batch in (1, 5):
+        x = image_batch(model, batch)
+        (logits,) = session.run(["logits"], {"pixel_values": x.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(logits), model(x).logits, rtol=1e-4, atol=1e-4)
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert list(saved["id2label"].values()) == NAMES
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--output", "out"], "give either --run or --model"),
+        (["--run", "r", "--model", "m", "--output", "out"], "give either --run or --model"),
+        (["--run", "r"], "give --output, --push or both"),
+        (["--run", "r", "--push"], "--push needs --repo_id"),
+        (["--run", "r", "--output", "out", "--onnx", "--timm"], "--onnx"),
+        (["--run", "r", "--output", "out", "--expert", "1"], "--expert goes with"),
+    ],
+)
+def test_flags_that_do_not_fit(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        export.main(flags)
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_not_there_is_named(run, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match="nowhere holds no model"):
+        export.main(["--run", "nowhere", "--output", str(out)])
+    with pytest.raises(SystemExit, match=r"experts=\[7\] must name different experts out of 0..2"):
+        export.main(["--run", str(run.path), "--output", str(out), "--timm", "--expert", "7"])
+    (tmp_path / "other.json").write_text('{"top1": 1}')
+    with pytest.raises(SystemExit, match=r"other\.json is no results file"):
+        export.main(["--run", str(run.path), "--output", str(out), "--results", str(tmp_path / "other.json")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.json"]
+    out.mkdir()
+    (out / "mine.txt").touch()
+    with pytest.raises(SystemExit, match="is not an empty directory"):
+        export.main(["--run", str(run.path), "--output", str(out)])
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+def test_a_run_folder_has_the_full_card(tmp_path):
+    recipe = str(ROOT / "training" / "recipes" / "quickstart.yaml")
+    flags = ["--recipe", recipe, "--output_dir", str(tmp_path / "run"), "--method", "ce", "--train.max_steps", "1"]
+    train.main([*flags, "--model.architecture", "resnet20_cifar", "--model.image_size", "8"])
+    text = (tmp_path / "run" / "model" / "README.md").read_text()
+    recorded = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert f"| expert 0 | no | {100 * recorded['test']['plain']['ensemble']['top1']:.1f} |" in text

@@ -1,0 +1,195 @@
+"""A model repository is a stranger's: what is wrong with it is a clear error, and nothing of it is executed."""
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+from ecl_hf import ECLConfig, ECLForImageClassification
+
+SECOND = "model-00002-of-00003.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("good") / "model"
+    config = ECLConfig(architecture="resnet20_cifar", num_experts=3, class_counts=[50, 5, 1])
+    ECLForImageClassification(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def repository(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+def edit(file, **changes):
+    content = json.loads(file.read_text())
+    content.update(changes)
+    file.write_text(json.dumps(content))
+
+
+def weights(file, change):
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+class Bomb:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return (open, (str(self.target), "w"))
+
+
+LOADERS = [
+    pytest.param(ECLForImageClassification.from_pretrained, id="class"),
+    pytest.param(AutoModelForImageClassification.from_pretrained, id="auto"),
+    pytest.param(lambda path: ECLForImageClassification.from_pretrained(path, experts=[1]), id="expert"),
+]
+
+
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_no_pickle_is_read(repository, tmp_path, load, name):
+    """Neither in its own format nor in disguise."""
+    for file in [*repository.glob("*.safetensors"), repository / INDEX]:
+        file.unlink()
+    (repository / name).write_bytes(pickle.dumps({"experts.0.head.weight": Bomb(tmp_path / "harm")}))
+    with pytest.raises((OSError, ValueError), match=r"model\.safetensors"):
+        load(repository)
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize("content", ["pickle", "half", "empty", "huge header"])
+def test_damaged_shard_is_named(repository, tmp_path, load, content):
+    file = repository / SECOND
+    data = file.read_bytes()
+    file.write_bytes(
+        {
+            "pickle": pickle.dumps(Bomb(tmp_path / "harm")),
+            "half": data[: len(data) // 2],
+            "empty": b"",
+            "huge header": (2**60).to_bytes(8, "little") + data[8:],
+        }[content]
+    )
+    with pytest.raises(ValueError, match=rf"^{SECOND} of .* is damaged or no safetensors file"):
+        load(repository)
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_missing_shard_is_named(repository, load):
+    (repository / SECOND).unlink()
+    with pytest.raises(OSError, match=SECOND):
+        load(repository)
+
+
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize(
+    "name", ["../other/model.safetensors", "/etc/model.safetensors", "..\\x.safetensors", 7, "x.bin"]
+)
+def test_index_must_not_point_elsewhere(repository, load, name):
+    other = shutil.copytree(repository, repository.parent / "other")
+    (other / SECOND).rename(other / "model.safetensors")
+    weight_map = json.loads((repository / INDEX).read_text())["weight_map"]
+    edit(repository / INDEX, weight_map={key: name if "experts.1." in key else f for key, f in weight_map.items()})
+    with pytest.raises(ValueError, match=rf"{INDEX} of .* names .*, which is no weight file beside it"):
+        load(repository)
+
+
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": {}}}', "no json"])
+def test_broken_index_is_named(repository, load, text):
+    (repository / INDEX).write_text(text)
+    with pytest.raises(ValueError, match=INDEX):
+        load(repository)
+
+
+def test_index_without_an_expert_is_named(repository):
+    weight_map = json.loads((repository / INDEX).read_text())["weight_map"]
+    edit(repository / INDEX, weight_map={key: f for key, f in weight_map.items() if "experts.1." not in key})
+    with pytest.raises(ValueError, match="names no weights of expert 1"):
+        ECLForImageClassification.from_pretrained(repository)
+    assert len(ECLForImageClassification.from_pretrained(repository, experts=[0, 2]).experts) == 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("load", LOADERS)
+def test_numbers_that_are_not_finite_are_refused(repository, load, value):
+    weights(repository / SECOND, lambda tensors: tensors["experts.1.head.weight"].view(-1)[-1:].fill_(value))
+    with pytest.raises(ValueError, match=rf"{SECOND} of .* not finite, in experts\.1\.head\.weight"):
+        load(repository)
+
+
+def test_weights_for_other_classes_are_refused_before_a_head_is_made(repository):
+    edit(repository / "config.json", class_counts=None, id2label={str(c): str(c) for c in range(50_000)}, label2id=None)
+    with pytest.raises(RuntimeError, match=r"heads of .* for 3 classes, the configuration for 50000"):
+        ECLForImageClassification.from_pretrained(repository)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": 10**9}, "num_experts must lie in 1..64"),
+        ({"num_experts": -1}, "num_experts"),
+        ({"id2label": None, "label2id": None, "class_counts": None, "num_labels": 10**9}, "num_labels must be at most"),
+        ({"architecture": "hf-hub:evil/model"}, "timm has no model named"),
+        ({"architecture": "local-dir:/etc"}, "timm has no model named"),
+        ({"model_args": {"pretrained": True}}, "model_args must not hold pretrained"),
+        ({"model_args": {"checkpoint_path": "/etc/passwd"}}, "model_args must not hold checkpoint_path"),
+        ({"model_args": {"pretrained_cfg_overlay": {"file": "/etc/passwd"}}}, "must not hold pretrained_cfg_overlay"),
+        ({"architecture": "test_vit", "model_args": {"depth": 10**9}}, "the numbers in model_args add up to"),
+        ({"architecture": "test_vit", "model_args": {"depth": float("inf")}}, "the numbers in model_args add up to"),
+        ({"pretrained_cfg": {"input_size": [3, 10**6, 10**6]}}, "pretrained_cfg.input_size"),
+        ({"pretrained_cfg": {"input_size": "huge"}}, "pretrained_cfg.input_size"),
+        ({"pretrained_cfg": {"input_size": [3, 32, 32], "std": [0, 1, 1]}}, "pretrained_cfg.std"),
+        ({"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0, 1]}}, "pretrained_cfg.mean"),
+        ({"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 1e-9}}, "pretrained_cfg.crop_pct"),
+        ({"class_counts": [1, 2]}, "class_counts has 2 entries"),
+        ({"classifier_scale": float("nan"), "classifier": "cosine"}, "classifier_scale"),
+    ],
+)
+def test_absurd_configurations_are_refused(repository, changes, message):
+    edit(repository / "config.json", **changes)
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        ECLForImageClassification.from_pretrained(repository)
+
+
+def test_code_of_a_repository_runs_on_request_only(repository, tmp_path):
+    """In a process that does not know the package."""
+    harm = tmp_path / "harm"
+    file = repository / "modeling_ecl.py"
+    file.write_text(f"open({str(harm)!r}, 'w').close()\n" + file.read_text())
+    code = (
+        "from transformers import AutoModelForImageClassification, AutoConfig\n"
+        f"try:\n    AutoModelForImageClassification.from_pretrained({str(repository)!r}, trust_remote_code=False)\n"
+        "except ValueError as error:\n    print('refused' if 'trust_remote_code' in str(error) else error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.strip() == "refused"
+    assert not harm.exists()
+    AutoModelForImageClassification.from_pretrained(repository)  # with the package, the package's own code is used
+    assert not harm.exists()
+
+
+def test_good_repository_is_left_as_it_is(repository):
+    before = {file: file.read_bytes() for file in repository.iterdir()}
+    AutoConfig.from_pretrained(repository)
+    AutoImageProcessor.from_pretrained(repository)
+    model = ECLForImageClassification.from_pretrained(repository)
+    assert {file: file.read_bytes() for file in repository.iterdir()} == before
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert torch.is_tensor(model(torch.zeros(1, 3, 32, 32)).logits)
