@@ -1,5 +1,6 @@
 """What goes to the Hub beside the weights: model cards, one expert as a plain timm model, ONNX files, uploads."""
 
+import importlib.util
 import json
 import tempfile
 from collections.abc import Callable
@@ -141,6 +142,20 @@ def model_card(
     )
 
 
+def write_card(
+    directory: Path, template: Path, config: ECLConfig, results: dict[str, Any] | None, **kwargs: Any
+) -> None:
+    """Write `README.md` (see `model_card`) and, if matplotlib is installed, a picture of the class counts."""
+    plot = None
+    if config.class_counts and kwargs.get("expert") is None and importlib.util.find_spec("matplotlib"):
+        from ecl_hf.plots import plot_class_histogram
+
+        plot = "class_counts.png"
+        names = [config.id2label[c] for c in range(config.num_labels)]
+        plot_class_histogram(config.class_counts, names).savefig(directory / plot, dpi=150)
+    model_card(template, config, results, plot=plot, **kwargs).save(directory / "README.md")
+
+
 def save_timm(model: ECLForImageClassification, expert: int, directory: Path) -> None:
     """Write one expert as a plain timm model, which timm and stock transformers load without this package.
 
@@ -260,15 +275,15 @@ class BackgroundUpload:
         self.executor = ThreadPoolExecutor(max_workers=1)
         self.running: Future | None = None
 
-    def offer(self, model: ECLForImageClassification, card: ModelCard, message: str) -> bool:
-        """Copy the model as it is now and upload the copy; False if the upload before is still under way."""
+    def offer(self, model: ECLForImageClassification, add_card: Callable[[Path], None], message: str) -> None:
+        """Copy the model as it is now and upload the copy, unless the upload before is still under way."""
         if self.running is not None and not self.running.done():
-            return False
+            self.report(f"not uploaded, since the upload before is still under way: {message}")
+            return
         directory = tempfile.TemporaryDirectory()
-        card.save(Path(directory.name) / "README.md")
+        add_card(Path(directory.name))
         model.save_pretrained(directory.name)
         self.running = self.executor.submit(self._upload, directory, message)
-        return True
 
     def wait(self) -> None:
         """Let the last upload end."""

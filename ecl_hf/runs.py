@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import ModelCard
 from torch.utils.flop_counter import FlopCounterMode
 
 from ecl_hf.modeling_ecl import ECLForImageClassification
@@ -142,11 +142,14 @@ class RunFolder:
         kept = [old for old in lines if json.loads(old)["epoch"] < line["epoch"]]
         write_atomically(self.metrics_file, "\n".join([*kept, json.dumps(line)]) + "\n")
 
-    def finish(self, model: ECLForImageClassification, card: ModelCard, results: dict[str, Any]) -> None:
-        """Write the model with its card, then the results."""
+    def finish(
+        self, model: ECLForImageClassification, add_card: Callable[[Path], None], results: dict[str, Any]
+    ) -> None:
+        """Write the model with the card that `add_card` puts beside it, then the results."""
         partial = self.path / ".model.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        card.save(partial / "README.md")
+        partial.mkdir()
+        add_card(partial)
         model.save_pretrained(partial)
         shutil.rmtree(self.model, ignore_errors=True)
         partial.rename(self.model)

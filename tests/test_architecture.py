@@ -30,7 +30,7 @@ ALLOWED = {
     "evaluation": {"metrics"},
     "analysis": {"losses", "metrics", "modeling_ecl"},
     "landscape": set(),
-    "hub": {"configuration_ecl", "metrics", "modeling_ecl"},
+    "hub": {"configuration_ecl", "metrics", "modeling_ecl", "plots"},
     "pipeline": set(),
     "runs": {"modeling_ecl", "recipe"},
 }

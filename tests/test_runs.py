@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
 
 from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.recipe import DataConfig, LossConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
@@ -241,19 +240,23 @@ class FakeModel:
             raise OSError("no space left")
 
 
+def card(text):
+    return lambda directory: (directory / "README.md").write_text(text)
+
+
 def test_finish_writes_the_model_and_then_the_results(tmp_path):
     run = RunFolder(tmp_path)
     assert not run.finished
-    run.finish(FakeModel("half way"), ModelCard("half way"), {"finished": False, "top1": 0.5})
+    run.finish(FakeModel("half way"), card("half way"), {"finished": False, "top1": 0.5})
     assert not run.finished
     with pytest.raises(OSError, match="no space"):
-        run.finish(FakeModel("broken", fails=True), ModelCard("broken"), {"finished": True})
+        run.finish(FakeModel("broken", fails=True), card("broken"), {"finished": True})
     assert (tmp_path / "model" / "weights").read_text() == "half way"
     assert json.loads((tmp_path / "results.json").read_text()) == {"finished": False, "top1": 0.5}
-    run.finish(FakeModel("final"), ModelCard("final"), {"finished": True, "top1": 0.75})
+    run.finish(FakeModel("final"), card("final"), {"finished": True, "top1": 0.75})
     assert run.finished
     assert (tmp_path / "model" / "weights").read_text() == "final"
-    assert (tmp_path / "model" / "README.md").read_text().endswith("final")
+    assert (tmp_path / "model" / "README.md").read_text() == "final"
     assert json.loads((tmp_path / "results.json").read_text())["top1"] == 0.75
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "results.json"]
 

@@ -18,7 +18,7 @@ import transformers
 from jsonargparse import ArgumentParser, Namespace
 
 from ecl_hf import ECLForImageClassification
-from ecl_hf.hub import best_expert, model_card, save_onnx, save_timm
+from ecl_hf.hub import best_expert, save_onnx, save_timm, write_card
 from ecl_hf.modeling_ecl import upload_directory
 from ecl_hf.runs import RunFolder
 
@@ -83,7 +83,7 @@ def export(args: Namespace, results: dict[str, Any] | None, directory: Path) -> 
         return f"{which} of {source} as model.onnx; ONNX Runtime's logits differ from PyTorch's by {difference:.1e}"
     card = {"repo_id": args.repo_id, "dataset": args.dataset, "license": args.license, "expert": expert}
     template = CARDS / ("timm_card.md" if args.timm else "model_card.md")
-    model_card(template, model.config, results, **card).save(directory / "README.md")
+    write_card(directory, template, model.config, results, **card)
     if args.timm:
         save_timm(model, 0, directory)
         known = timm.is_model(model.config.architecture) and not model.config.architecture.endswith("_cifar")

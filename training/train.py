@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from ecl_hf.collaborative import CollaborativeTask
 from ecl_hf.data import load_longtailed
 from ecl_hf.evaluation import format_table, predict, summarise
-from ecl_hf.hub import BackgroundUpload, check_upload, model_card
+from ecl_hf.hub import BackgroundUpload, check_upload, write_card
 from ecl_hf.initialise import initialise_model
 from ecl_hf.loaders import ViewDataset, evaluation_loader, train_loader
 from ecl_hf.methods import METHODS
@@ -154,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         f"{len(counts)} classes of {max(counts)} to {min(counts)}, {processes} process(es) on {accelerator.device.type}"
     )
 
+    labels = {"repo_id": recipe.hub.repo_id, "license": recipe.hub.license}
+    add_card = partial(write_card, template=CARD, config=plain.model.config, **labels)
     upload = None
     if recipe.hub.every and accelerator.is_main_process:
         upload = BackgroundUpload(recipe.hub.repo_id, tqdm.write)
@@ -204,9 +207,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             if accelerator.is_main_process:
                 run.publish_checkpoint(progress, recipe.train.keep_last)
         if upload and ended and progress.epoch % recipe.hub.every == 0 and progress.step < total_steps:
-            card = model_card(CARD, plain.model.config, None, recipe.hub.repo_id, license=recipe.hub.license)
-            if not upload.offer(plain.model, card, f"Epoch {progress.epoch} of {recipe.epochs}"):
-                say(f"epoch {progress.epoch} is not uploaded: the upload before it is still under way")
+            upload.offer(plain.model, partial(add_card, results=None), f"Epoch {progress.epoch}")
     bar.close()
     if upload:
         upload.wait()
@@ -242,8 +243,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         }
         ensemble = results["test"]["plain"]["ensemble"].items()
         accelerator.log({f"test/{name}": value for name, value in ensemble if value is not None}, step=progress.step)
-        card = model_card(CARD, plain.model.config, results, recipe.hub.repo_id, license=recipe.hub.license)
-        run.finish(plain.model, card, results)
+        run.finish(plain.model, partial(add_card, results=results), results)
         say(report(run))
         if recipe.hub.push and results["finished"]:
             try:
