@@ -3,7 +3,7 @@
 Calibration and confusion (Fig. 9 and 10) are in `metrics.py`, landscapes (Fig. 8) in `landscape.py`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -209,6 +209,7 @@ def collect_transfer(
     batches: Iterable[dict[str, Tensor]],
     weighted: bool,
     temperature: float = 1.0,
+    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> dict[str, np.ndarray]:
     """Fig. 2 of a trained task by one pass over its training images, without augmentation, in evaluation mode.
 
@@ -218,6 +219,7 @@ def collect_transfer(
         batches: dictionaries with `pixel_values` and `labels`.
         weighted: whether the distillation has the weights of Eq. 6.
         temperature: of the distillation.
+        reduce: sums a tensor over all processes, if each has images of its own.
 
     Returns:
         Means over the images of each class, [C]; NaN for a class without image: `value`, `loss`, and `weight` where
@@ -234,5 +236,6 @@ def collect_transfer(
         sums = transfer_by_class(cls_logits, ref_logits, batch["labels"], cls_logits.shape[-1], weighted, temperature)
         for name, part in sums.items():
             total[name] = total.get(name, 0) + part
+    total = {name: reduce(part) for name, part in total.items()}
     images = total.pop("images")
     return {name: (part / images).cpu().numpy() for name, part in total.items()}

@@ -1,7 +1,11 @@
-"""Test a trained model on the test split of a recipe's data: a directory or a Hub repository, on one or many processes.
+"""Test a trained model on the test split of a recipe's data: a run, a directory or a Hub repository; on any processes.
 
-python training/evaluate.py --model runs/c100/model --recipe runs/c100/recipe.yaml --output test.json
-accelerate launch training/evaluate.py --model me/ecl-c100 --recipe training/recipes/cifar100_lt.yaml --data.path DIR
+    python training/evaluate.py --run runs/c100 --landscape_images 1000
+    python training/evaluate.py --model runs/c100/model --recipe runs/c100/recipe.yaml --output test.json
+    accelerate launch training/evaluate.py --model me/ecl --recipe training/recipes/cifar100_lt.yaml --data.path DIR
+
+Scores and small tables go to a JSON file, larger arrays to an .npz file beside it; `figures.py` draws from both. Into a
+run's own results.json go the scores alone.
 """
 
 import json
@@ -12,29 +16,174 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import torch
 import transformers
 from accelerate import Accelerator
-from jsonargparse import ArgumentParser
+from accelerate.utils import gather_object
+from jsonargparse import ArgumentParser, Namespace
+from safetensors import safe_open
+from torch import nn
 from tqdm import tqdm
 
 from ecl_hf import ECLForImageClassification
-from ecl_hf.data import load_longtailed
-from ecl_hf.evaluation import format_table, predict, summarise
+from ecl_hf.analysis import (
+    collect_transfer,
+    embed_features,
+    pairwise_feature_distance,
+    posthoc_accuracy,
+    shifted_accuracy,
+)
+from ecl_hf.data import LongTailedData, load_longtailed
+from ecl_hf.evaluation import Predictions, format_table, measure_speed, predict, summarise
+from ecl_hf.landscape import landscape
 from ecl_hf.loaders import evaluation_loader
+from ecl_hf.methods import BALANCED, BALANCED_DETACHED, INVERTED, METHODS, SHUFFLED
+from ecl_hf.metrics import class_accuracy, confusion_matrix, reliability_table
+from ecl_hf.modeling_ecl import create_head
 from ecl_hf.recipe import Recipe
-from ecl_hf.runs import describe_environment, describe_model, write_atomically
+from ecl_hf.runs import RunFolder, describe_environment, describe_model, write_atomically
 from ecl_hf.views import evaluation_view
+
+TAUS = tuple(round(-1 + 0.1 * step, 1) for step in range(31))
+MAGNITUDES = tuple(round(-1 + 0.1 * step, 1) for step in range(21))
+DIRECTIONS = 5
+SPEED_BATCH = 32
+
+
+def parse(argv: Sequence[str] | None) -> Namespace:
+    """Read the flags; a run stands for its model, its recipe and an output in its folder."""
+    parser = ArgumentParser(prog="evaluate.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--run", type=Path | None, help="Run folder: tests its model, writes evaluation.json into it")
+    parser.add_argument("--model", type=str | None, help="Directory or Hub repository of the model")
+    parser.add_argument("--recipe", type=Path | None, help="YAML file whose data section names the test split")
+    parser.add_argument("--data.path", type=str | None, help="Local directory instead of the recipe's source")
+    parser.add_argument("--batch_size", type=int, default=256, help="Images of one forward in each process")
+    parser.add_argument("--output", type=Path | None, help="JSON file to write; arrays go to the .npz beside it")
+    parser.add_argument(
+        "--landscape_images", type=int, default=0, help="Test images of the loss landscape (Fig. 8); 0 leaves it out"
+    )
+    args = parser.parse_args(argv)
+    if args.run is not None:
+        run = RunFolder(args.run)
+        args.model, args.recipe = args.model or str(run.model), args.recipe or run.recipe_file
+        args.output = args.output or run.path / "evaluation.json"
+    if args.model is None or args.recipe is None:
+        parser.error("give --run, or --model with --recipe")
+    for name in ("batch_size", "landscape_images"):
+        if args[name] < (name == "batch_size"):
+            parser.error(f"{name} is too small: {args[name]}")
+    return args
+
+
+def reference_heads(run: RunFolder, model: ECLForImageClassification) -> nn.ModuleList:
+    """The reference heads in a run's newest checkpoint; FileNotFoundError if it has none."""
+    checkpoint = run.newest_checkpoint()
+    file = checkpoint / "model.safetensors" if checkpoint else run.checkpoints
+    if not file.is_file():
+        raise FileNotFoundError(f"no weights of the reference heads in {run.checkpoints}")
+    heads = nn.ModuleList(create_head(model.config, expert.head.in_features) for expert in model.experts)
+    with safe_open(file, "pt") as weights:
+        heads.load_state_dict({name: weights.get_tensor(f"references.{name}") for name in heads.state_dict()})
+    return heads.to(model.device).eval()
+
+
+def transfer_arrays(
+    accelerator: Accelerator, model: ECLForImageClassification, run: RunFolder, data: LongTailedData, batch_size: int
+) -> dict[str, np.ndarray]:
+    """Fig. 2 of a run, over its training split; each process takes a part of the images."""
+    recipe = Recipe.from_file(run.recipe_file)
+    method = METHODS[recipe.method]
+    if len(model.experts) == 1 or {SHUFFLED, INVERTED} & set(method.terms):
+        accelerator.print(
+            f"Fig. 2 is left out: {recipe.method} transfers nothing between experts, or not as Eq. 6 has it"
+        )
+        return {}
+    references = None
+    if "reference" in method.needs:
+        try:
+            references = reference_heads(run, model)
+        except FileNotFoundError as error:
+            accelerator.print(f"Fig. 2 is left out: {error}")
+            return {}
+    rows = range(accelerator.process_index, len(data.train), accelerator.num_processes)
+    view = evaluation_view(model.config.pretrained_cfg)
+    loader = evaluation_loader(data.train.select(rows), view, batch_size, recipe.data.num_workers)
+    arrays = collect_transfer(
+        model,
+        references,
+        ({name: tensor.to(accelerator.device) for name, tensor in batch.items()} for batch in loader),
+        weighted=bool({BALANCED, BALANCED_DETACHED} & set(method.terms)),
+        temperature=recipe.loss.temperature,
+        reduce=lambda tensor: accelerator.reduce(tensor, "sum"),
+    )
+    return {f"transfer_{name}": values for name, values in arrays.items()}
+
+
+def landscape_arrays(
+    accelerator: Accelerator, model: ECLForImageClassification, data: LongTailedData, how_many: int, batch_size: int
+) -> dict[str, np.ndarray]:
+    """Fig. 8 on some test images; each process takes some of the directions."""
+    rows = np.random.default_rng(0).permutation(len(data.test))[:how_many]
+    loader = evaluation_loader(
+        data.test.select(np.sort(rows)), evaluation_view(model.config.pretrained_cfg), batch_size
+    )
+    batches = [{name: tensor.to(accelerator.device) for name, tensor in batch.items()} for batch in loader]
+    mine = list(range(DIRECTIONS))[accelerator.process_index :: accelerator.num_processes]
+    points = landscape(model, batches, MAGNITUDES, mine)
+    curves = {seed: (points["loss"][s], points["accuracy"][s]) for s, seed in enumerate(mine)}
+    curves = {seed: curve for part in gather_object([curves]) for seed, curve in part.items()}
+    loss, accuracy = (torch.stack([curves[seed][i] for seed in range(DIRECTIONS)]).numpy() for i in (0, 1))
+    return {"landscape_loss": loss, "landscape_accuracy": accuracy, "landscape_magnitudes": np.array(MAGNITUDES)}
+
+
+def score_tables(predictions: Predictions, counts: list[int], logit_prior: str) -> dict[str, Any]:
+    """Reliability of the ensemble and each expert, top-1 over tau, and top-1 under shifted test distributions."""
+    ways = {"plain": predictions.expert_logits, "flip": predictions.both_logits}
+
+    def reliability(logits: torch.Tensor) -> dict[str, list]:
+        return reliability_table(logits.double().softmax(-1), predictions.labels)
+
+    return {
+        "logit_prior": logit_prior,
+        "reliability": {
+            way: {"ensemble": reliability(logits.mean(1)), "experts": [reliability(z) for z in logits.unbind(1)]}
+            for way, logits in ways.items()
+        },
+        "posthoc": posthoc_accuracy(predictions.expert_logits, predictions.labels, counts, TAUS),
+        "shifted": shifted_accuracy(predictions.expert_logits.mean(1), predictions.labels, counts, logit_prior),
+    }
+
+
+def class_arrays(predictions: Predictions, counts: list[int]) -> dict[str, np.ndarray]:
+    """Class accuracies (ensemble first), confusion of the ensemble, feature distances, t-SNE of the first expert."""
+    labels, classes = predictions.labels, len(counts)
+    arrays = {}
+    for way, logits in (("plain", predictions.expert_logits), ("flip", predictions.both_logits)):
+        rows = torch.cat([logits.mean(1, keepdim=True), logits], dim=1).argmax(-1).unbind(1)
+        arrays[f"class_accuracy_{way}"] = torch.stack([class_accuracy(row, labels, classes) for row in rows]).numpy()
+    ensemble = predictions.expert_logits.mean(1).argmax(-1)
+    arrays["confusion"] = confusion_matrix(ensemble, labels, classes).to(torch.int32).numpy()
+    arrays["feature_distance"] = pairwise_feature_distance(predictions.features, labels, classes).numpy()
+    shown = embed_features(predictions.features[:, 0], labels, counts)
+    return arrays | {f"tsne_{name}": values for name, values in shown.items()}
+
+
+def write(output: Path, results: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Write both files; of a run's own results the part that speaks of the training stays."""
+    old = json.loads(output.read_text()) if output.exists() else {}
+    if "recipe" in old:
+        results = old | {key: results[key] for key in ("test", "test_images")}
+    else:
+        partial = output.with_name(f".{output.stem}.partial.npz")
+        np.savez_compressed(partial, **arrays)
+        partial.replace(output.with_suffix(".npz"))
+    write_atomically(output, json.dumps(results, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Print, write and return the scores of the ensemble and of each expert, without and with flip."""
-    parser = ArgumentParser(prog="evaluate.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=str, required=True, help="Directory or Hub repository of the model")
-    parser.add_argument("--recipe", type=Path, required=True, help="YAML file whose data section names the test split")
-    parser.add_argument("--data.path", type=str | None, help="Local directory instead of the recipe's source")
-    parser.add_argument("--batch_size", type=int, default=256, help="Images of one forward in each process")
-    parser.add_argument("--output", type=Path | None, help="JSON file to write")
-    args = parser.parse_args(argv)
+    args = parse(argv)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -60,7 +209,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     plain = accelerator.unwrap_model(model)
     bar = tqdm(loader, "testing", disable=not accelerator.is_main_process, leave=False)
     counts = plain.config.class_counts or data.class_counts
-    predictions = predict(plain, bar, accelerator.gather_for_metrics)
+    predictions = predict(plain, bar, accelerator.gather_for_metrics, with_features=args.output is not None)
+    arrays = {}
+    if args.run is not None:
+        arrays |= transfer_arrays(accelerator, plain, RunFolder(args.run), data, args.batch_size)
+    if args.landscape_images:
+        arrays |= landscape_arrays(accelerator, plain, data, args.landscape_images, args.batch_size)
     results = {
         "model": args.model,
         "test": summarise(predictions, counts),
@@ -74,10 +228,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for name in ("plain", "flip"):
             print(f"{args.model} on {len(data.test)} test images, {name}, in %\n{format_table(results['test'][name])}")
         if args.output:
-            # Into a run's own results go the scores alone: what they say of the training stays.
-            run = json.loads(args.output.read_text()) if args.output.exists() else {}
-            new = {key: results[key] for key in ("test", "test_images")} if "recipe" in run else results
-            write_atomically(args.output, json.dumps(run | new, indent=1) + "\n")
+            batch = torch.zeros(SPEED_BATCH, *plain.config.pretrained_cfg["input_size"], device=plain.device)
+            results |= {"images_per_second": measure_speed(plain, batch), "landscape_images": args.landscape_images}
+            results |= score_tables(predictions, counts, plain.config.logit_prior)
+            write(args.output, results, arrays | class_arrays(predictions, counts))
     accelerator.end_training()
     return results
 
