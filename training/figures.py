@@ -2,11 +2,11 @@
 
     python training/figures.py --run runs/ecl
     python training/figures.py --run runs/ecl --run runs/bc --names ECL "independent networks" --output figures
-    python training/figures.py --run runs/ecl --results training/results/cifar10_lt_small    # also its tables, Fig. 4, 5
+    python training/figures.py --run runs/ecl --results training/results/cifar10_lt_small    # with tables, Fig. 4, 5
 
-Everything is drawn from saved arrays: `evaluation.json` and `.npz`, which `evaluate.py` writes (and which is run here for a
-run folder that has none), `metrics.jsonl` and `results.json` of the run, and tables of `reproduce.py`. Each figure becomes a
-PNG and an SVG; what can't be drawn is listed in the report with the reason.
+Everything is drawn from saved arrays: `evaluation.json` and `.npz`, which `evaluate.py` writes (it is run here for a
+run folder that has none), `metrics.jsonl` and `results.json` of the run, and tables of `reproduce.py`. Each figure
+becomes a PNG and an SVG; what can't be drawn is listed in the report with the reason.
 """
 
 import base64
@@ -31,6 +31,84 @@ from ecl_hf.runs import RunFolder, write_atomically
 
 EVALUATE = Path(__file__).with_name("evaluate.py")
 TEMPLATE = Path(__file__).with_name("report_template.html")
+AGAIN = "evaluate.py --run has to run again"
+TEXTS = {
+    "class_histogram": (
+        "Training images of each class",
+        "Many-shot classes have more than 100 training images, few-shot classes less than 20.",
+        AGAIN,
+    ),
+    "class_accuracy": (
+        "Accuracy of each class against its training images",
+        "Ensembles without flip. A flat curve would be a classifier without head preference.",
+        AGAIN,
+    ),
+    "training": (
+        "Loss terms over the epochs",
+        'Means over the training batches of an epoch, before their weights; "loss" is the weighted sum.',
+        "there is no metrics.jsonl beside the evaluation",
+    ),
+    "fig2_transfer": (
+        "Fig. 2: what is transferred, and what is predicted",
+        "Left: the teacher's logit of the image's own class times the image's weight in the distillation, mean over "
+        'the training images without augmentation (a reading of "distilled logits value"; for a method that does not '
+        "distil logits, what it would transfer unweighted). Then the mean weight of Eq. 6, where there are reference "
+        "heads, and the ensemble's predictions on the test split; dashed: as many as a class has test images.",
+        "it needs a run folder with several experts and a checkpoint",
+    ),
+    "fig4_experts": (
+        "Fig. 4: number of experts",
+        "Means over seeds; bars: sample standard deviation.",
+        "there is no fig4.csv with a measured row among --results (reproduce.py fig4)",
+    ),
+    "fig5_weights": (
+        "Fig. 5: weights of the distillation and of the contrastive task",
+        "Means over seeds; bars: sample standard deviation.",
+        "there is no fig5.csv with a measured row among --results (reproduce.py fig5)",
+    ),
+    "fig6_tsne": (
+        "Fig. 6: t-SNE of test features",
+        "The first expert's pooled features of up to 100 test images of a class, of at most ten classes spread over "
+        "the ranking; in brackets the training images. The axes of t-SNE have no unit.",
+        AGAIN,
+    ),
+    "fig7_feature_distance": (
+        "Fig. 7: distance of the experts' features",
+        "Eq. 12 on the test split. The features' scale is each run's own: compare the shape over the classes first.",
+        "it needs a run with several experts",
+    ),
+    "fig8_landscape": (
+        "Fig. 8: loss and accuracy around the weights",
+        "The ensemble on test images along five random directions, Gaussian with the norm of each filter; biases and "
+        "normalisation layers are not moved, BatchNorm keeps its running statistics. Bold: mean of the directions.",
+        "evaluate.py --run has to run again, with --landscape_images 1000",
+    ),
+    "fig9_reliability": (
+        "Fig. 9: reliability",
+        "Ensemble without flip in 15 bins; light parts: how far the mean confidence is from the accuracy.",
+        AGAIN,
+    ),
+    "fig10_confusion": (
+        "Fig. 10: confusion",
+        "Ensemble without flip, logarithm of one plus the number of images; the diagonal is right.",
+        AGAIN,
+    ),
+    "posthoc": (
+        "Post-hoc logit adjustment (Eq. 4)",
+        "Top-1 of the ensemble (bold) and of each expert over tau. Dotted: the optimum of theory, 1 where the logits "
+        "carry the training prior and 0 where training has taken it out (Eq. 3). Where the best tau lies elsewhere, "
+        "the bias that was learnt is not the one that was assumed. The best tau of a test set is no fair choice for it.",
+        AGAIN,
+    ),
+    "shifted": (
+        "Shifted test distributions",
+        "Top-1 if the classes of the test set were long-tailed, forward (as in training) to backward (reversed), with "
+        "and without knowledge of it (target_prior). Class accuracies are weighted: the expectation over subsets.",
+        AGAIN,
+    ),
+}
+"""Of each figure its title, its caption, and why it may be absent."""
+
 SCORES = ("top1", "top5", "many", "medium", "few", "ece")
 
 
@@ -49,16 +127,6 @@ class Evidence:
     arrays: dict[str, np.ndarray]
     results: dict[str, Any]
     epochs: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure of the report; `figure` is None, and `caption` the reason, where it could not be drawn."""
-
-    name: str
-    title: str
-    caption: str
-    figure: Figure | None
 
 
 def read_evidence(path: Path, data_path: str | None, landscape_images: int) -> Evidence:
@@ -100,117 +168,46 @@ def of_runs(runs: dict[str, Evidence], *names: str) -> dict[str, Any]:
     return {run: arrays[0] if len(names) == 1 else tuple(arrays) for run, arrays in having.items() if arrays}
 
 
-def draw_all(runs: dict[str, Evidence], tables: dict[str, list[dict[str, str]]]) -> list[Drawing]:
-    """Every figure, or why it is not there."""
+def draw_all(runs: dict[str, Evidence], tables: dict[str, list[dict[str, str]]]) -> dict[str, Figure]:
+    """Every figure for which there is something to draw, in the order and by the names of `TEXTS`."""
     first = next(iter(runs.values())).evaluation
     counts, names = first["class_counts"], first["class_names"]
-    tested = first["test_images"] / len(counts)
-    drawings = []
-
-    def add(name: str, title: str, caption: str, data: Any, reason: str, plot: Any, *arguments: Any) -> None:
-        figure = plot(data, *arguments) if data else None
-        drawings.append(Drawing(name, title, caption if figure else reason, figure))
-
-    again = "run evaluate.py --run again"
-    add(
-        *("class_histogram", "Training images of each class"),
-        "Many-shot classes have more than 100 training images, few-shot classes less than 20.",
-        *(counts, "", plots.plot_class_histogram, names),
-    )
-    add(
-        *("class_accuracy", "Accuracy of each class against its training images"),
-        "Ensembles without flip. A flat curve at equal height would be a classifier without head preference.",
-        {run: rows[0] for run, rows in of_runs(runs, "class_accuracy_plain").items()},
-        *("no class accuracies", plots.plot_class_accuracy, counts),
-    )
-    add(
-        *("training", "Loss terms over the epochs"),
-        'Means over the training batches of an epoch, before their weights; "loss" is the weighted sum.',
-        {run: evidence.epochs for run, evidence in runs.items() if evidence.epochs},
-        *("no metrics.jsonl beside the evaluation", plots.plot_training),
-    )
+    tests = {run: evidence.evaluation for run, evidence in runs.items()}
     predicted = {run: matrix.sum(0) for run, matrix in of_runs(runs, "confusion").items()}
-    add(
-        *("fig2_transfer", "Fig. 2: what is transferred, and what is predicted"),
-        "The teacher's logit of the image's own class times the image's weight in the distillation, averaged over the "
-        'training images without augmentation (a reading of "distilled logits value"; where the method does not distil '
-        "logits, what it would transfer unweighted); the mean weight of Eq. 6; the ensemble's predictions on the test "
-        "split, dashed: as many as there are images.",
-        of_runs(runs, "transfer_value"),
-        f"needs a run folder with several experts and a checkpoint: {again}",
-        *(plots.plot_transfer, of_runs(runs, "transfer_weight"), predicted, counts, names, tested),
-    )
-    add(
-        *("fig4_experts", "Fig. 4: number of experts"),
-        "Means over seeds; bars: sample standard deviation. Without flip.",
-        points(tables.get("fig4", []), ("experts",)),
-        *("no fig4.csv among --results: run reproduce.py fig4", plots.plot_expert_number),
-    )
-    add(
-        *("fig5_weights", "Fig. 5: weights of the distillation and of the contrastive task"),
-        "Means over seeds; bars: sample standard deviation. Without flip.",
-        points(tables.get("fig5", []), ("value",)),
-        *("no fig5.csv among --results: run reproduce.py fig5", plots.plot_loss_weights),
-    )
-    add(
-        *("fig6_tsne", "Fig. 6: t-SNE of test features"),
-        "The first expert's pooled features of up to 100 test images of a class, of at most ten classes spread over the "
-        "ranking; in brackets the training images. Axes of t-SNE have no unit.",
-        of_runs(runs, "tsne_points", "tsne_labels"),
-        *(again, plots.plot_tsne, counts, names),
-    )
-    add(
-        *("fig7_feature_distance", "Fig. 7: distance of the experts' features"),
-        "Eq. 12 on the test split. The scale of features is a method's own: compare the shape over the classes first.",
-        {run: rows for run, rows in of_runs(runs, "feature_distance").items() if len(rows)},
-        *("needs several experts", plots.plot_feature_distance, counts, names),
-    )
-    images = {evidence.evaluation["landscape_images"] for evidence in runs.values()} - {0}
-    add(
-        *("fig8_landscape", "Fig. 8: loss and accuracy around the weights"),
-        f"Ensemble on {' or '.join(map(str, sorted(images)))} test images along five random directions, Gaussian with the "
-        "norm of each filter; biases and normalisation layers are not moved, BatchNorm keeps its running statistics. Bold: "
-        "mean of the directions. The loss is cut off above.",
-        of_runs(runs, "landscape_magnitudes", "landscape_loss", "landscape_accuracy"),
-        *("run evaluate.py --run again with --landscape_images 1000", plots.plot_landscape),
-    )
-    add(
-        *("fig9_reliability", "Fig. 9: reliability"),
-        "Ensemble without flip in 15 bins. Orange: how far the mean confidence is from the accuracy.",
-        {run: evidence.evaluation["reliability"]["plain"]["ensemble"] for run, evidence in runs.items()},
-        *("", plots.plot_reliability),
-        {run: evidence.evaluation["test"]["plain"]["ensemble"]["ece"] for run, evidence in runs.items()},
-    )
-    add(
-        *("fig10_confusion", "Fig. 10: confusion"),
-        "Ensemble without flip, logarithm of one plus the number of images; the diagonal is right.",
-        of_runs(runs, "confusion"),
-        *(again, plots.plot_confusion, counts, names),
-    )
-    add(
-        *("posthoc", "Post-hoc logit adjustment (Eq. 4)"),
-        "Top-1 of the ensemble (bold) and of each expert over tau. Dotted: the optimum of theory, 1 where the logits carry "
-        "the training prior and 0 where training has taken it out (Eq. 3). Where the best tau lies elsewhere, the bias that "
-        "was learnt is not the one that was assumed.",
-        {
-            run: (evidence.evaluation["posthoc"], float(evidence.evaluation["logit_prior"] == "train"))
-            for run, evidence in runs.items()
-        },
-        *("", plots.plot_posthoc),
-    )
-    add(
-        *("shifted", "Shifted test distributions"),
-        "Top-1 if the classes of the test set were long-tailed, forward (as in training) to backward (reversed), with and "
-        "without knowledge of it (target_prior). Class accuracies are weighted, which is the expectation over subsets.",
-        {run: evidence.evaluation["shifted"] for run, evidence in runs.items()},
-        *("", plots.plot_shifted),
-    )
-    return drawings
+    ideal = first["test_images"] / len(counts)
+    theory = {run: float(test["logit_prior"] == "train") for run, test in tests.items()}
+    ensembles = {run: test["reliability"]["plain"]["ensemble"] for run, test in tests.items()}
+    errors = {run: test["test"]["plain"]["ensemble"]["ece"] for run, test in tests.items()}
+    accuracies = {run: rows[0] for run, rows in of_runs(runs, "class_accuracy_plain").items()}
+    distances = {run: rows for run, rows in of_runs(runs, "feature_distance").items() if len(rows)}
+    epochs = {run: evidence.epochs for run, evidence in runs.items() if evidence.epochs}
+    plan = {
+        "class_histogram": (plots.plot_class_histogram, counts, names),
+        "class_accuracy": (plots.plot_class_accuracy, accuracies, counts),
+        "training": (plots.plot_training, epochs),
+        "fig2_transfer": (
+            *(plots.plot_transfer, of_runs(runs, "transfer_value"), of_runs(runs, "transfer_weight")),
+            *(predicted, counts, names, ideal),
+        ),
+        "fig4_experts": (plots.plot_expert_number, points(tables.get("fig4", []))),
+        "fig5_weights": (plots.plot_loss_weights, points(tables.get("fig5", []))),
+        "fig6_tsne": (plots.plot_tsne, of_runs(runs, "tsne_points", "tsne_labels"), counts, names),
+        "fig7_feature_distance": (plots.plot_feature_distance, distances, counts, names),
+        "fig8_landscape": (
+            plots.plot_landscape,
+            of_runs(runs, "landscape_magnitudes", "landscape_loss", "landscape_accuracy"),
+        ),
+        "fig9_reliability": (plots.plot_reliability, ensembles, errors),
+        "fig10_confusion": (plots.plot_confusion, of_runs(runs, "confusion"), counts, names),
+        "posthoc": (plots.plot_posthoc, {run: (test["posthoc"], theory[run]) for run, test in tests.items()}),
+        "shifted": (plots.plot_shifted, {run: test["shifted"] for run, test in tests.items()}),
+    }
+    return {name: plot(data, *more) for name, (plot, data, *more) in plan.items() if data}
 
 
-def points(rows: list[dict[str, str]], extra: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of a figure's CSV file with numbers as numbers; empty cells become None."""
-    numbers = {"top1", "top1_std", "few", "few_std", *extra}
+def points(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """The measured rows of a figure's CSV file with numbers as numbers; empty cells become None."""
+    numbers = {"top1", "top1_std", "few", "few_std", "experts", "value"}
     return [
         {key: (float(value) if value else None) if key in numbers else value for key, value in row.items()}
         for row in rows
@@ -263,12 +260,12 @@ def read_tables(folder: Path | None) -> dict[str, list[dict[str, str]]]:
     return {file.stem: list(csv.DictReader(file.read_text().splitlines())) for file in files}
 
 
-def save(drawing: Drawing, output: Path) -> str:
+def save(name: str, figure: Figure, output: Path) -> str:
     """Write a figure as SVG and PNG; returns the PNG for inlining."""
-    drawing.figure.savefig(output / f"{drawing.name}.svg", metadata={"Date": None})
+    figure.savefig(output / f"{name}.svg", metadata={"Date": None})
     buffer = io.BytesIO()
-    drawing.figure.savefig(buffer, format="png", dpi=130)
-    (output / f"{drawing.name}.png").write_bytes(buffer.getvalue())
+    figure.savefig(buffer, format="png", dpi=130)
+    (output / f"{name}.png").write_bytes(buffer.getvalue())
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -303,14 +300,21 @@ def main(argv: Sequence[str] | None = None) -> Path:
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
-    drawings = draw_all(runs, tables)
-    pictures = {drawing.name: save(drawing, output) for drawing in drawings if drawing.figure}
+    figures = draw_all(runs, tables)
+    drawings = [
+        {
+            **{"name": name, "title": TEXTS[name][0], "caption": TEXTS[name][1]},
+            **{"png": save(name, figure, output), "width": round(96 * figure.get_figwidth())},
+        }
+        for name, figure in figures.items()
+    ]
+    absent = {title: why for name, (title, _, why) in TEXTS.items() if name not in figures}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     html = environment.from_string(TEMPLATE.read_text()).render(
         names=names,
         evaluation=first,
         drawings=drawings,
-        pictures=pictures,
+        absent=absent,
         run_table=run_rows(runs),
         score_table=score_rows(runs),
         tables={name: [list(rows[0]), *(list(row.values()) for row in rows)] for name, rows in tables.items() if rows},
@@ -319,11 +323,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
     )
     report = output / "report.html"
     write_atomically(report, html)
-    for drawing in drawings:
-        print(
-            f"{drawing.name}: {output / drawing.name}.png" if drawing.figure else f"{drawing.name}: {drawing.caption}"
-        )
-    print(f"report: {report}")
+    for name in figures:
+        print(f"{output / name}.png")
+    for title, why in absent.items():
+        print(f"not drawn: {title}: {why}")
+    print(report)
     return report
 
 

@@ -98,8 +98,9 @@ def plot_landscape(runs: Runs) -> Figure:
             axes.plot(magnitudes, curves.mean(0), color=colour, linewidth=2.2)
         column[0].set_title(name)
         column[1].set_xlabel("magnitude of the perturbation")
-        column[0].set_ylim(0, max(2 * np.min(run[1]) + 4 for run in runs.values()))
-        column[1].set_ylim(bottom=0)
+    top = max(min(1.05 * np.max(loss), 2 * np.min(loss) + 4) for _, loss, _ in runs.values())
+    grid[0, 0].set_ylim(0, top)
+    grid[1, 0].set_ylim(bottom=0)
     grid[0, 0].set_ylabel("cross-entropy")
     grid[1, 0].set_ylabel("accuracy in %")
     return figure
@@ -121,15 +122,17 @@ def plot_reliability(runs: Runs, errors: dict[str, float]) -> Figure:
             np.array([np.nan if value is None else value for value in table[key]]) for key in ("accuracy", "confidence")
         )
         axes.bar(centres, accuracy, 1 / bins, color=COLOURS[0], edgecolor="white", label="accuracy")
-        gap = {"color": COLOURS[1], "alpha": 0.35, "edgecolor": "white", "label": "gap to the confidence"}
-        axes.bar(centres, confidence - accuracy, 1 / bins, bottom=accuracy, **gap)
+        gaps = (("too confident", confidence - accuracy, "#F2C3A4", accuracy),)
+        gaps += (("too modest", accuracy - confidence, "#A9D1EA", confidence),)
+        for label, gap, colour, bottom in gaps:
+            axes.bar(centres, gap.clip(min=0), 1 / bins, bottom=bottom, color=colour, edgecolor="white", label=label)
         axes.plot(centres, table["share"], color="#333333", marker=".", linewidth=1, label="share of the images")
         axes.plot([0, 1], [0, 1], color="#C00000", linestyle="--", linewidth=1.2, label="calibrated")
         axes.set_title(f"{name}\nECE {100 * errors[name]:.1f} %")
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", aspect="equal")
     panels[0].set_ylabel("accuracy")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(runs) == 1 else 4)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(runs) == 1 else 3)
     return figure
 
 

@@ -52,10 +52,12 @@ def make_panels(
 
 
 def shared_legend(figure: Figure, axes: Axes, how_many: int) -> None:
-    """One legend for all panels, below them; a single run needs none."""
+    """One legend for all panels, below them, as wide as the figure allows; a single run needs none."""
     if how_many > 1:
         handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
+        inches = 0.08 * max(map(len, labels)) + 0.6
+        columns = max(1, min(len(labels), int(figure.get_figwidth() / inches)))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def mark_classes(axes: Axes, class_counts: Sequence[int], class_names: Sequence[str]) -> None:
