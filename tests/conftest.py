@@ -10,9 +10,19 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 import pytest
 import torch
 
+from tests.hub_server import HubServer, connected
+
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A Hub on this machine, with every client library of this process pointed at it and its caches empty."""
+    with HubServer(tmp_path / "hub") as server, connected(server):
+        yield server
+    assert server.problems == []
