@@ -1,23 +1,23 @@
-"""The scripts that come after training: classify pictures, render a comparison."""
+"""The scripts that come after training: classify pictures, test a model."""
 
-import csv
 import json
 import shutil
-import statistics
 from pathlib import Path
 
 import evaluate
 import numpy as np
 import predict
 import pytest
-import reproduce
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
+from safetensors.torch import load_file
 from train import main as train
 
 from ecl_hf import ECLForImageClassification
 from ecl_hf.data import load_longtailed
+from ecl_hf.loaders import evaluation_loader
+from ecl_hf.losses import transfer_weights
 from ecl_hf.recipe import Recipe
 from ecl_hf.views import evaluation_view
 
@@ -81,6 +81,71 @@ def test_evaluation_into_a_run_keeps_what_is_said_of_the_training(run, tmp_path)
     assert json.loads(output.read_text()) == before
 
 
+def test_evaluation_of_a_run_writes_tables_and_arrays(run):
+    results = evaluate.main([f"--run={run}", "--landscape_images=6"])
+    written = json.loads((run / "evaluation.json").read_text())
+    assert written["test"] == json.loads((run / "results.json").read_text())["test"] == results["test"]
+    assert written["images_per_second"] > 0
+    for way in ("plain", "flip"):
+        ensemble = written["test"][way]["ensemble"]
+        table = written["reliability"][way]["ensemble"]
+        bins = zip(table["share"], table["confidence"], table["accuracy"], strict=True)
+        assert ensemble["ece"] == pytest.approx(sum(s * abs(a - c) for s, c, a in bins if s))
+    uniform = next(row for row in written["shifted"] if row["direction"] == "uniform")
+    assert uniform["top1"] == pytest.approx(written["test"]["plain"]["ensemble"]["top1"])
+    at_zero = written["posthoc"]["taus"].index(0.0)
+    assert written["posthoc"]["ensemble"][at_zero] == pytest.approx(uniform["top1"])
+    assert [curve[at_zero] for curve in written["posthoc"]["experts"]] == pytest.approx(
+        [expert["top1"] for expert in written["test"]["plain"]["experts"]]
+    )
+    with np.load(run / "evaluation.npz") as arrays:
+        assert arrays["confusion"].sum() == written["test_images"] == 400
+        assert arrays["class_accuracy_plain"].shape == (4, 10)
+        assert arrays["class_accuracy_plain"][0] == pytest.approx(np.diag(arrays["confusion"]) / 40)
+        assert arrays["class_accuracy_flip"].mean(1)[1:] == pytest.approx(
+            [expert["top1"] for expert in written["test"]["flip"]["experts"]]
+        )
+        assert arrays["feature_distance"].shape == (3, 10)
+        assert arrays["tsne_points"].shape == (400, 2)
+        assert np.isfinite(arrays["transfer_value"]).all()
+        assert "transfer_weight" not in arrays  # no reference heads
+        assert arrays["landscape_loss"].shape == arrays["landscape_accuracy"].shape == (5, 21)
+        assert len(set(arrays["landscape_loss"][:, 10].round(9))) == 1  # magnitude 0
+
+
+def test_transfer_of_a_run_reads_the_reference_heads_of_its_checkpoint(tmp_path):
+    flags = [*FLAGS.split(), "--method=bkt", "--train.max_steps=2", f"--output_dir={tmp_path / 'run'}"]
+    folder = train(flags)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+    evaluate.main([f"--run={folder}"])
+    model = ECLForImageClassification.from_pretrained(folder / "model")
+    state = load_file(max((folder / "checkpoints").iterdir()) / "model.safetensors")
+    data = load_longtailed(Recipe.from_file(folder / "recipe.yaml").data)
+    batches = list(evaluation_loader(data.train, evaluation_view(model.config.pretrained_cfg), 64))
+    images, labels = (torch.cat([batch[name] for batch in batches]) for name in ("pixel_values", "labels"))
+    with torch.no_grad():
+        output = model(images, output_features=True)
+        ref = torch.stack(
+            [
+                output.features[:, k] @ state[f"references.{k}.weight"].T + state[f"references.{k}.bias"]
+                for k in range(3)
+            ]
+        )
+    weights = transfer_weights(ref, output.expert_logits.transpose(0, 1), labels).mean(0)
+    with np.load(folder / "evaluation.npz") as arrays:
+        for c in range(10):
+            assert arrays["transfer_weight"][c] == pytest.approx(weights[labels == c].mean().item(), rel=1e-4)
+        assert "landscape_loss" not in arrays
+
+
+def test_evaluation_needs_a_run_or_a_model_with_recipe(run, capsys):
+    for flags in ([], [f"--model={run / 'model'}"], [f"--run={run}", "--batch_size=0"]):
+        with pytest.raises(SystemExit):
+            evaluate.main(flags)
+    assert "--model with --recipe" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags",
     [["--recipe=/nope.yaml", "--model=/nope"], ["--recipe={recipe}", "--model={model}", "--output=/nope/x.json"]],
@@ -106,41 +171,3 @@ def test_evaluation_refuses_other_classes(run, tmp_path):
     )
     with pytest.raises(SystemExit, match="'three' against '3'"):
         evaluate.main([f"--model={tmp_path / 'model'}", f"--recipe={run / 'recipe.yaml'}"])
-
-
-def test_comparison_runs_skips_and_renders(tmp_path):
-    recipe = tmp_path / "tiny.yaml"
-    recipe.write_text("epochs: 1\n")
-    argv = [f"--recipe={recipe}", f"--runs_dir={tmp_path / 'runs'}", f"--results_dir={tmp_path / 'results'}"]
-    argv += ["--seeds", "0", "1", "--cells", "bc", "fail"]
-    with pytest.raises(SystemExit):
-        reproduce.main(argv)
-    argv = [*argv[:-1], "ecl-sum", f"--flags={FLAGS}"]
-    table = reproduce.main(argv)
-    results = [json.loads((tmp_path / "results/tiny/bc" / f"seed{s}.json").read_text()) for s in (0, 1)]
-    assert [result["seed"] for result in results] == [0, 1]
-    assert results[0]["recipe"]["method"] == "bc"
-    scores = [100 * result["test"]["plain"]["ensemble"]["top1"] for result in results]
-    expected = f"{statistics.mean(scores):.1f} ± {abs(scores[0] - scores[1]) / 2**0.5:.1f}"
-    with (tmp_path / "results/tiny/table.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert rows[0]["top1"] == expected
-    assert rows[0]["many"] == "none"
-    assert [(row["method"], row["model"]) for row in rows if row["flip"] == "no"] == [
-        ("bc", "single network"),
-        ("ecl-sum", "ensemble"),
-        ("ecl-sum", "one expert (mean)"),
-    ]
-    assert expected in table.read_text()
-    assert "Not run: nothing." in table.read_text()
-
-    stamps = [path.stat().st_mtime_ns for path in sorted((tmp_path / "runs").rglob("model/*"))]
-    reproduce.main(argv)  # everything is finished
-    assert stamps == [path.stat().st_mtime_ns for path in sorted((tmp_path / "runs").rglob("model/*"))]
-    reproduce.main([*argv, "--seeds", "0", "2", "--render_only=true"])
-    assert "Not run: bc seed 2, ecl-sum seed 2." in table.read_text()
-
-    changed = tmp_path / "runs/tiny/bc/seed0/results.json"
-    changed.write_text(json.dumps(results[0] | {"recipe": results[0]["recipe"] | {"epochs": 7}}))
-    with pytest.raises(SystemExit, match=r"different recipes.*epochs"):
-        reproduce.main([*argv, "--render_only=true"])

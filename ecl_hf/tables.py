@@ -1,0 +1,181 @@
+"""Results of runs as tables: mean and deviation over seeds, beside what the paper prints."""
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ecl_hf.recipe import Recipe
+from ecl_hf.runs import FREE_TO_CHANGE, flatten
+
+SCORES = ("top1", "many", "medium", "few", "ece")
+OWN_SETTINGS = {
+    *("method", "seed", "data.imbalance_factor", "model.num_experts"),
+    *("loss.sup_reduction", "loss.alpha_logit", "loss.alpha_feature", "loss.beta"),
+    *FREE_TO_CHANGE,
+}
+"""Recipe keys in which the cells of one table may differ."""
+
+Results = Sequence[dict[str, Any]]
+"""`results.json` of the seeds of one cell."""
+
+
+def differing_settings(every: Results) -> set[str]:
+    """Recipe keys that are not the same in all results, apart from a cell's own; keys of older results by default."""
+    default = flatten(asdict(Recipe()))
+    settings = [default | flatten(result["recipe"]) for result in every]
+    return {
+        key
+        for one in settings
+        for key in one.keys() | settings[0].keys()
+        if one.get(key) != settings[0].get(key) and key not in OWN_SETTINGS
+    }
+
+
+def mean_and_deviation(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Mean and sample standard deviation of fractions, in percent; None where there is none."""
+    if not values or None in values:
+        return None, None
+    deviation = 100 * statistics.stdev(values) if len(values) > 1 else None
+    return 100 * statistics.mean(values), deviation
+
+
+def summary(values: Sequence[float | None]) -> str:
+    """Mean ± sample standard deviation of fractions, in percent."""
+    mean, deviation = mean_and_deviation(values)
+    if mean is None:
+        return "none"
+    return f"{mean:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
+
+
+def comparison_rows(results: dict[str, Results]) -> list[dict[str, str]]:
+    """A row for each cell and way of predicting: ensemble and mean expert, without and with flip."""
+    table = []
+    for cell, runs in results.items():
+        for flip in ("plain", "flip"):
+            kinds = ("ensemble", "expert_mean") if len(runs[0]["test"][flip]["experts"]) > 1 else ("ensemble",)
+            for kind in kinds:
+                model = {"ensemble": "ensemble", "expert_mean": "one expert (mean)"}[kind]
+                head = {
+                    "method": cell,
+                    "model": model if len(kinds) > 1 else "single network",
+                    "flip": "yes" if flip == "flip" else "no",
+                }
+                scores = [run["test"][flip][kind] for run in runs]
+                cells = {name: summary([score[name] for score in scores]) for name in SCORES}
+                suffix = "" if kind == "ensemble" else "_per_expert"
+                size = {
+                    "parameters": f"{runs[0][f'parameters{suffix}'] / 1e6:.2f} M",
+                    "MACs": f"{runs[0][f'macs{suffix}'] * (1 + (flip == 'flip')) / 1e6:.1f} M",
+                }
+                table.append({**head, **cells, **size, "seeds": str(len(runs))})
+    return table
+
+
+def gain(runs: Results, baseline: Results) -> str:
+    """Top-1 over the baseline's of the same seeds (ensembles with flip), in points."""
+    base = {run["seed"]: run["test"]["flip"]["ensemble"]["top1"] for run in baseline}
+    pairs = [run["test"]["flip"]["ensemble"]["top1"] - base[run["seed"]] for run in runs if run["seed"] in base]
+    mean, deviation = mean_and_deviation(pairs)
+    if mean is None:
+        return "not run"
+    return f"{mean:+.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
+
+
+def published_rows(
+    results: dict[str, Results],
+    cells: dict[str, dict[str, str]],
+    published: dict[str, float],
+    absent: str,
+    baseline: str | None = None,
+) -> list[dict[str, str]]:
+    """A row for each cell, run or not, beside the paper's top-1 (ensemble with flip).
+
+    Args:
+        results: cell -> its seeds' results; cells that were not run are missing.
+        cells: cell -> the columns that describe it.
+        published: cell -> top-1 in % as printed.
+        absent: what to say where nothing is printed.
+        baseline: cell to which the others' gain is given, over common seeds.
+    """
+    table = []
+    for cell, head in cells.items():
+        runs = results.get(cell, ())
+        ways = {(way, kind): [run["test"][way][kind] for run in runs] for way in ("flip", "plain") for kind in
+                ("ensemble", "expert_mean")}  # fmt: skip
+        best = [max(expert["top1"] for expert in run["test"]["flip"]["experts"]) for run in runs]
+        row = {**head, "top1": summary([score["top1"] for score in ways["flip", "ensemble"]]) if runs else "not run"}
+        row["published"] = f"{published[cell]:.1f}" if cell in published else absent
+        measured, _ = mean_and_deviation([score["top1"] for score in ways["flip", "ensemble"]])
+        known = measured is not None and cell in published
+        row["difference"] = f"{measured - published[cell]:+.1f}" if known else ""
+        if baseline:
+            row["gain"] = "" if cell == baseline or not runs else gain(runs, results.get(baseline, ()))
+        row["no flip"] = summary([score["top1"] for score in ways["plain", "ensemble"]]) if runs else ""
+        row["mean expert"] = summary([score["top1"] for score in ways["flip", "expert_mean"]]) if runs else ""
+        row["best expert"] = summary(best) if runs else ""
+        for name in SCORES[1:]:
+            row[name] = summary([score[name] for score in ways["flip", "ensemble"]]) if runs else ""
+        table.append({**row, "seeds": str(len(runs))})
+    return table
+
+
+def curve_rows(results: dict[str, Results], cells: dict[str, dict[str, str]]) -> list[dict[str, str]]:
+    """Rows of a figure over a setting (Fig. 4 and 5), ensemble and mean expert without flip, numbers apart.
+
+    Args:
+        results: cell -> its seeds' results.
+        cells: cell -> the columns that describe it.
+    """
+    table = []
+    for cell, head in cells.items():
+        runs = results.get(cell, ())
+        for model, kind in (("ensemble", "ensemble"), ("one expert (mean)", "expert_mean")):
+            row = {**head, "model": model}
+            for name in ("top1", "few"):
+                values = [run["test"]["plain"][kind][name] for run in runs]
+                numbers = dict(zip((name, f"{name}_std"), mean_and_deviation(values), strict=True))
+                row |= {key: "" if number is None else f"{number:.2f}" for key, number in numbers.items()}
+            table.append({**row, "seeds": str(len(runs))})
+    return table
+
+
+def provenance(every: Results) -> list[str]:
+    """Lines on what the results of one recipe come from."""
+    first = every[0]
+    machine, versions = first["machine"], first["versions"]
+    images = sorted({sum(result["class_counts"]) for result in every}, reverse=True)
+    groups = ", ".join(f"{group} {count}" for group, count in first["shot_groups"].items())
+    one_split = len(images) == 1
+    return [
+        f"Training images: {', '.join(map(str, images))}. Test images: {first['test_images']}."
+        + (f" Classes: {groups}." if one_split else ""),
+        f"Trained at commit {', '.join(sorted({str(result['commit']) for result in every}))}.",
+        f"Machine: {machine['platform']}, {machine['device']}, {machine['threads_per_process']} thread(s) a process;",
+        f"torch {versions['torch']}, timm {versions['timm']}, transformers {versions['transformers']}.",
+    ]
+
+
+def markdown(title: str, lines: Sequence[str], rows: Sequence[dict[str, str]], missing: Sequence[str]) -> str:
+    """A page with one table; columns that are empty everywhere are left out."""
+    columns = [key for key in rows[0] if any(row[key] for row in rows)]
+    return "\n".join(
+        [
+            *(f"# {title}", "", *lines, ""),
+            "| " + " | ".join(columns) + " |",
+            "|" + "---|" * len(columns),
+            *("| " + " | ".join(row[key] for key in columns) + " |" for row in rows),
+            *("", "Not run: " + (", ".join(missing) or "nothing") + ".", ""),
+        ]
+    )
+
+
+def as_csv(rows: Sequence[dict[str, str]]) -> str:
+    """The rows as CSV with a header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,244 @@
+"""The grid of each table, its runs, and what is rendered of them."""
+
+import csv
+import json
+import shutil
+import statistics
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import reproduce
+from accelerate.state import AcceleratorState, PartialState
+from jsonargparse import ArgumentParser
+from train import main as train
+
+from ecl_hf import tables
+from ecl_hf.methods import METHODS
+from ecl_hf.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+FLAGS = (
+    "--data.source digits --data.max_count 20 --data.imbalance_factor 5 --data.horizontal_flip false "
+    "--model.architecture resnet20_cifar --model.image_size 8 --batch_size 16 --epochs 1"
+)
+
+
+def read(file):
+    with file.open() as lines:
+        return list(csv.DictReader(lines))
+
+
+def made_up(seed=0, top1=0.5, experts=(0.4, 0.3), few=None, **recipe):
+    """A `results.json` with these scores, everywhere the same apart from the flip, which is worth 0.01."""
+
+    def score(value):
+        return {"top1": value, "many": value, "medium": value, "few": few, "ece": 0.1}
+
+    def test(gain):
+        scores = [score(value + gain) for value in experts]
+        return {
+            "ensemble": score(top1 + gain),
+            "experts": scores,
+            "expert_mean": score(statistics.mean(experts) + gain),
+        }
+
+    settings = {"method": "ecl", "seed": seed, "epochs": 4, "batch_size": 10, "model": {"num_experts": len(experts)}}
+    return {
+        **{"method": "ecl", "seed": seed, "finished": True, "steps": 8, "training_seconds": 7200.0},
+        **{"test": {"plain": test(0.0), "flip": test(0.01)}, "test_images": 100, "class_counts": [18, 2]},
+        **{"shot_groups": {"many": 0, "medium": 0, "few": 2}, "commit": "abc", "parameters": 2e6, "macs": 4e6},
+        **{"parameters_per_expert": 1e6, "macs_per_expert": 2e6},
+        "machine": {"platform": "here", "device": "cpu", "threads_per_process": 1},
+        "versions": {"torch": "1", "timm": "2", "transformers": "3"},
+        "recipe": settings | recipe,
+    }
+
+
+def place(folder, cell, result):
+    """Put a result where another machine's would lie."""
+    file = folder / cell / f"seed{result['seed']}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result))
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text("epochs: 4\nbatch_size: 10\n")
+    return ["--recipes", str(recipe), f"--runs_dir={tmp_path / 'runs'}", f"--results_dir={tmp_path}"]
+
+
+def test_published_numbers_are_those_of_the_paper():
+    """Spot checks against what the specification and the recipes say of the tables."""
+    one, three = reproduce.PUBLISHED["table1"], reproduce.PUBLISHED["table3"]
+    assert list(one["cifar100_lt"]["ecl"].items()) == [(10, 67.3), (50, 59.9), (100, 56.3), (200, 51.4)]
+    assert list(one["cifar10_lt"]["ecl"].values()) == [91.8, 88.9, 86.5, 83.6]
+    assert list(three["cifar100_lt"].values()) == [52.2, 53.7, 54.7, 54.2, 54.9, 55.8, 56.3]
+    assert three["cifar100_lt"]["ecl"] == one["cifar100_lt"]["ecl"][100]
+    assert three["imagenet_lt_resnet50"]["ecl"] == reproduce.PUBLISHED["table2"]["imagenet_lt_resnet50"]["ecl"] == 60.6
+    assert one["cifar100_lt"]["ncl"][100] == pytest.approx(one["cifar100_lt"]["ecl"][100] - 2.1)  # Sec. VI-E
+
+
+@pytest.mark.parametrize("target", reproduce.NOTES)
+def test_every_cell_is_a_valid_recipe_with_a_name_of_its_own(target):
+    recipe = Recipe()
+    rows = reproduce.plan(target, recipe, "sum")
+    cells = {cell.name: cell for cell, _ in rows}
+    assert len({tuple(cell.flags) for cell in cells.values()}) == len(cells)
+    for cell in cells.values():
+        assert cell.method in METHODS
+        parser = ArgumentParser(exit_on_error=False)
+        Recipe.add_arguments(parser)
+        Recipe.from_arguments(parser, parser.parse_args(cell.flags))
+
+
+def test_cells_of_the_recipe_itself_are_shared_by_all_tables():
+    names = {target: {cell.name for cell, _ in reproduce.plan(target, Recipe(), "mean")} for target in reproduce.NOTES}
+    for target in ("table1", "table2", "table3", "table4", "fig4", "fig5", "comparison"):
+        assert "ecl-mean" in names[target]
+    assert {"ecl-mean-gamma50", "ce-gamma10"} < names["table1"]
+    assert {"ecl-mean-k1", "ecl-mean-k5"} < names["fig4"]
+    assert {"ecl-mean-alpha0.2", "ecl-mean-beta0.5"} < names["fig5"]
+    assert {"kd-mean", "reference_only-mean", "ecl_shuffled-mean"} < names["table3"]
+    alpha = next(cell for cell, _ in reproduce.plan("fig5", Recipe(), "mean") if cell.name.endswith("alpha0.2"))
+    assert {"--loss.alpha_logit=0.2", "--loss.alpha_feature=0.2"} < set(alpha.flags)
+
+
+def test_table_beside_the_published_numbers(tmp_path):
+    recipe = tmp_path / "cifar100_lt.yaml"
+    recipe.write_text("epochs: 4\n")
+    folder = tmp_path / "results" / "cifar100_lt"
+    for seed, base, ours in ((0, 0.50, 0.53), (1, 0.52, 0.56)):
+        place(folder, "bc_ensemble-mean", made_up(seed, base, (0.3, 0.4)))
+        place(folder, "ecl-mean", made_up(seed, ours, (0.4, 0.5)))
+    flags = [
+        "--recipes",
+        str(recipe),
+        f"--runs_dir={tmp_path}",
+        f"--results_dir={tmp_path / 'results'}",
+    ]
+    (page,) = reproduce.main(["table3", *flags, "--render_only=true", "--seeds", "0", "1"])
+    rows = {row["method"]: row for row in read(page.with_suffix(".csv"))}
+    assert rows["ecl"]["top1"] == "55.5 ± 2.1"
+    assert (rows["ecl"]["published"], rows["ecl"]["difference"]) == ("56.3", "-0.8")
+    assert rows["ecl"]["gain"] == "+3.5 ± 0.7"  # +3 and +4 points for the same seeds
+    assert rows["ecl"]["no flip"] == "54.5 ± 2.1"
+    assert (rows["ecl"]["mean expert"], rows["ecl"]["best expert"]) == ("46.0 ± 0.0", "51.0 ± 0.0")
+    assert rows["ecl"]["few"] == "none"
+    assert (rows["bc_ensemble"]["published"], rows["bc_ensemble"]["gain"]) == ("52.2", "")
+    assert (rows["bkt"]["top1"], rows["bkt"]["published"], rows["bkt"]["seeds"]) == ("not run", "53.7", "0")
+    assert rows["kd"]["published"] == "not in the paper"
+    assert "Not run: bkt-mean seed 0, " in page.read_text()
+    (small,) = reproduce.main(["table3", *flags, "--render_only=true", "--seeds", "0", "1", "--scale=small"])
+    assert read(small.with_suffix(".csv"))[-1]["published"] == "not published at this scale"
+
+
+def test_figure_over_experts_has_numbers_of_its_own(tmp_path, tiny):
+    place(tmp_path / "tiny", "ecl-mean", made_up(0, 0.5, few=0.2))
+    place(tmp_path / "tiny", "ecl-mean", made_up(1, 0.52, few=0.4))
+    (page,) = reproduce.main(["fig4", *tiny, "--render_only=true", "--seeds", "0", "1"])
+    row = next(row for row in read(page.with_suffix(".csv")) if row["experts"] == "3" and row["model"] == "ensemble")
+    assert [row[key] for key in ("top1", "top1_std", "few", "few_std")] == ["51.00", "1.41", "30.00", "14.14"]
+    assert [row["top1"] for row in read(page.with_suffix(".csv")) if row["experts"] == "1"] == ["", ""]
+
+
+def test_dry_run_tells_the_cost_from_the_step_time(tmp_path, tiny, capsys):
+    """8 steps took two hours; four epochs of 20 images in batches of 10 are 8 steps."""
+    place(tmp_path / "tiny", "ecl-mean", made_up(0, experts=(0.4, 0.4, 0.4)))
+    reproduce.main(["fig4", *tiny, "--dry_run=true", "--seeds", "0", "1"])
+    told = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
+    assert told["tiny ecl-mean seed 0"] == "finished"
+    assert told["tiny ecl-mean seed 1"] == "2.00 h"
+    assert told["tiny ecl-mean-k5 seed 0"] == "unknown"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_shards_part_the_runs(tiny, capsys):
+    parts = []
+    for index in (1, 2, 3):
+        reproduce.main(["fig5", *tiny, "--dry_run=true", "--seeds", "0", "1", f"--shard={index}/3"])
+        parts.append(set(capsys.readouterr().out.splitlines()))
+    reproduce.main(["fig5", *tiny, "--dry_run=true", "--seeds", "0", "1"])
+    whole = capsys.readouterr().out.splitlines()
+    assert len(whole) == 20  # the recipe's own cell is in both sweeps, and run once
+    assert set().union(*parts) == set(whole)
+    assert sum(map(len, parts)) == len(whole)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--shard=3/2"], ["--shard=x"], ["--data_paths.other=x"], ["--scale=huge"], ["--cells=nope"]]
+)
+def test_wrong_flags_end_before_anything_runs(tiny, flags, tmp_path):
+    with pytest.raises(SystemExit):
+        reproduce.main(["fig4", *tiny, *flags])
+    assert not (tmp_path / "runs").exists()
+
+
+def run_here(command):
+    """`subprocess.run` of train.py without the seconds that a new process takes."""
+    train(command[2:])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+    return SimpleNamespace(returncode=0)
+
+
+def test_comparison_runs_skips_and_renders(tmp_path, capfd, monkeypatch):
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text("epochs: 1\n")
+    argv = ["--recipes", str(recipe), f"--runs_dir={tmp_path / 'runs'}"]
+    argv = ["comparison", *argv, f"--results_dir={tmp_path / 'results'}", "--cells", "bc", "ecl-sum"]
+    with pytest.raises(SystemExit, match="bc seed 0"):  # a run that fails does not stop the others
+        reproduce.main([*argv, "--seeds", "0", "--flags=--data.source digits --data.max_count 100000"])
+    assert capfd.readouterr().err.count("lower data.max_count") == 2
+    monkeypatch.setattr(reproduce.subprocess, "run", run_here)
+    argv.append(f"--flags={FLAGS}")
+    (table,) = reproduce.main([*argv, "--seeds", "0", "1"])
+    results = [json.loads((tmp_path / "results/tiny/bc" / f"seed{s}.json").read_text()) for s in (0, 1)]
+    assert [result["seed"] for result in results] == [0, 1]
+    assert results[0]["recipe"]["method"] == "bc"
+    scores = [100 * result["test"]["plain"]["ensemble"]["top1"] for result in results]
+    expected = f"{statistics.mean(scores):.1f} ± {abs(scores[0] - scores[1]) / 2**0.5:.1f}"
+    rows = read(tmp_path / "results/tiny/table.csv")
+    assert rows[0]["top1"] == expected
+    assert rows[0]["many"] == "none"
+    assert [(row["method"], row["model"]) for row in rows if row["flip"] == "no"] == [
+        ("bc", "single network"),
+        ("ecl-sum", "ensemble"),
+        ("ecl-sum", "one expert (mean)"),
+    ]
+    assert expected in table.read_text()
+    assert "Not run: nothing." in table.read_text()
+
+    stamps = [path.stat().st_mtime_ns for path in sorted((tmp_path / "runs").rglob("model/*"))]
+    reproduce.main([*argv, "--seeds", "0", "1"])  # everything is finished
+    assert stamps == [path.stat().st_mtime_ns for path in sorted((tmp_path / "runs").rglob("model/*"))]
+    reproduce.main([*argv, "--seeds", "0", "2", "--render_only=true"])
+    assert "Not run: bc seed 2, ecl-sum seed 2." in table.read_text()
+    # The copies of the results are enough
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    reproduce.main([*argv, "--seeds", "0", "1"])
+    assert expected in table.read_text()
+
+    changed = tmp_path / "results/tiny/bc/seed0.json"
+    changed.write_text(json.dumps(results[0] | {"recipe": results[0]["recipe"] | {"epochs": 7}}))
+    with pytest.raises(SystemExit, match=r"different recipes.*epochs"):
+        reproduce.main([*argv, "--seeds", "0", "1", "--render_only=true"])
+
+
+def test_older_results_have_the_default_of_newer_settings():
+    old, new = made_up(0), made_up(1, loss={"queue_size": 1024})
+    assert tables.differing_settings([old, new]) == set()
+    assert tables.differing_settings([old, made_up(1, loss={"queue_size": 7})]) == {"loss.queue_size"}
+
+
+@pytest.mark.parametrize("target", ["comparison", "table3"])
+def test_committed_tables_are_those_of_the_committed_results(tmp_path, target):
+    """Rendering again from the files beside them changes nothing."""
+    shutil.copytree(ROOT / "training/results/cifar10_lt_small", tmp_path / "cifar10_lt_small")
+    (page,) = reproduce.main(
+        [target, "--scale=small", "--render_only=true", f"--runs_dir={tmp_path}", f"--results_dir={tmp_path}"]
+    )
+    for suffix in (".md", ".csv"):
+        committed = ROOT / "training/results/cifar10_lt_small" / page.with_suffix(suffix).name
+        assert page.with_suffix(suffix).read_text() == committed.read_text()
