@@ -10,7 +10,8 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 import pytest
 import torch
 
-from tests.hub_server import HubServer, connected
+from tests.hub_clients import connected
+from tests.hub_server import HubServer
 
 torch.set_num_threads(1)
 
