@@ -97,7 +97,7 @@ TEXTS = {
         "Post-hoc logit adjustment (Eq. 4)",
         "Top-1 of the ensemble (bold) and of each expert over tau. Dotted: the optimum of theory, 1 where the logits "
         "carry the training prior and 0 where training has taken it out (Eq. 3). Where the best tau lies elsewhere, "
-        "the bias that was learnt is not the one that was assumed. The best tau of a test set is no fair choice for it.",
+        "the bias that was learnt is not the one that was assumed. A tau chosen on the test set is no fair choice.",
         AGAIN,
     ),
     "shifted": (

@@ -35,7 +35,10 @@ def plot_class_histogram(class_counts: Sequence[int], class_names: Sequence[str]
     for group, mask in shot_groups(class_counts).items():
         places = np.flatnonzero(mask.numpy()[ranking])
         label = f"{group}: {len(places)} classes, {counts[mask.numpy()].sum():,} images"
-        axes.bar(places, counts[ranking][places], width=0.8 if len(ranking) <= 100 else 1, color=GROUP_COLOURS[group])
+        if len(ranking) <= 100:
+            axes.bar(places, counts[ranking][places], color=GROUP_COLOURS[group])
+        else:
+            axes.fill_between(places, counts[ranking][places], step="mid", color=GROUP_COLOURS[group], linewidth=0)
         axes.plot([], [], "s", color=GROUP_COLOURS[group], label=label)
     axes.set_yscale("log")
     axes.set_ylim(bottom=max(counts.min(), 1) / 2)

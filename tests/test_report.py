@@ -1,0 +1,145 @@
+"""The report of figures.py: complete, self-contained, and in order in a real browser."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import figures
+import pytest
+
+from tests.made_up_runs import make_run
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+FIGURES = {name for name in figures.TEXTS if name not in ("fig4_experts", "fig5_weights")}
+
+# Loads the report in a frame as wide as a screen and writes down what a reader would notice.
+LOOK = """<!DOCTYPE html><body><iframe id="page" src="{report}" width="{width}" height="800"></iframe>
+<pre id="seen"></pre>
+<script>
+addEventListener("load", () => {{
+  const page = document.getElementById("page").contentDocument, root = page.documentElement;
+  const images = [...page.images].map(image => image.complete && image.naturalWidth > 100 && image.alt.length > 20);
+  const small = [...page.querySelectorAll("p, td, th, figcaption, li")]
+    .map(element => parseFloat(getComputedStyle(element).fontSize)).filter(size => size < 12);
+  const seen = {{ overflow: root.scrollWidth - root.clientWidth, images, small: small.length, width: root.clientWidth,
+    scripts: page.scripts.length, tables: page.querySelectorAll(".scroll > table").length }};
+  document.getElementById("seen").textContent = JSON.stringify(seen);
+}});
+</script></body>"""
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    runs = [make_run(folder / "ours"), make_run(folder / "theirs", seed=1)]
+    results = folder / "results"
+    results.mkdir()
+    wide = {f"column {i}": f"{i}.0 ± 1.0" for i in range(20)}
+    (results / "table3.csv").write_text(",".join(wide) + "\n" + ",".join(wide.values()) + "\n")
+    argv = [
+        f"--run={runs[0]}",
+        f"--run={runs[1]}",
+        f"--results={results}",
+        "--names",
+        "ECL",
+        "K independent <networks>",
+    ]
+    return figures.main([*argv, f"--output={folder / 'out'}"])
+
+
+class Collect(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+
+def test_every_figure_is_written_and_inlined(report):
+    assert {path.stem for path in report.parent.glob("*.png")} == FIGURES
+    assert {path.stem for path in report.parent.glob("*.svg")} == FIGURES
+    parser = Collect()
+    parser.feed(report.read_text())
+    images = [attributes for tag, attributes in parser.tags if tag == "img"]
+    inlined = {base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) for image in images}
+    assert inlined == {path.read_bytes() for path in report.parent.glob("*.png")}
+    anchors = {attributes.get("id") for _, attributes in parser.tags}
+    assert {attributes["href"][1:] for tag, attributes in parser.tags if tag == "a"} <= anchors
+
+
+def test_report_needs_nothing_from_elsewhere_and_escapes_names(report):
+    text = re.sub(r"base64,[A-Za-z0-9+/=]+", "", report.read_text())
+    assert not re.search(r"https?://|<script|<link (?!rel=\"icon\" href=\"data:)|@import|url\(", text)
+    assert "K independent &lt;networks&gt;" in text
+    assert "<networks>" not in text
+
+
+def test_report_says_what_is_not_drawn(report):
+    text = report.read_text()
+    assert "there is no fig4.csv with a measured row" in text
+    assert "there is no fig5.csv with a measured row" in text
+
+
+def test_scores_of_the_report_are_those_of_the_evaluation(report):
+    test = json.loads((report.parents[1] / "ours" / "evaluation.json").read_text())["test"]
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", report.read_text())
+    first = cells.index("ensemble") - 1
+    ensemble = test["plain"]["ensemble"]
+    expected = [f"{100 * ensemble[key]:.1f}" for key in ("top1", "top5", "many", "medium", "few", "ece")]
+    assert cells[first : first + 9] == ["ECL", "ensemble", "no", *expected]
+    best = max(expert["top1"] for expert in test["flip"]["experts"])
+    row = cells.index("best expert", cells.index("yes"))
+    assert cells[row + 2] == f"{100 * best:.1f}"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: .ci/run installs Debian's, where it may")
+@pytest.mark.parametrize("width", [375, 1200])
+def test_report_in_a_browser(report, tmp_path, width):
+    page = tmp_path / "look.html"
+    page.write_text(LOOK.format(report=report.as_uri(), width=width))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
+    flags += ["--enable-logging=stderr", "--virtual-time-budget=10000", f"--user-data-dir={tmp_path / 'profile'}"]
+    done = subprocess.run([CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    seen = json.loads(re.search(r'<pre id="seen">(\{.*?\})</pre>', done.stdout).group(1))
+    assert abs(seen["width"] - width) <= 20  # a scroll bar
+    assert seen["overflow"] <= 0
+    assert seen["images"] == [True] * len(FIGURES)
+    assert seen["small"] == 0
+    assert seen["tables"] == 3
+    assert seen["scripts"] == 0
+
+
+def test_a_single_model_without_run_folder(tmp_path):
+    run = make_run(tmp_path / "run", landscape=False)
+    for name in ("results.json", "metrics.jsonl"):
+        (run / name).unlink()
+    report = figures.main([f"--run={run / 'evaluation.json'}"])
+    assert report == run / "figures" / "report.html"
+    text = report.read_text()
+    assert "there is no metrics.jsonl beside the evaluation" in text
+    assert "--landscape_images 1000" in text
+    assert "unknown" in text
+
+
+def test_runs_on_other_data_are_not_compared(tmp_path):
+    runs = [make_run(tmp_path / name) for name in ("a", "b")]
+    evaluation = json.loads((runs[1] / "evaluation.json").read_text())
+    (runs[1] / "evaluation.json").write_text(json.dumps(evaluation | {"class_counts": [1] * 10}))
+    with pytest.raises(SystemExit, match="a and b can't be compared: they differ in class_counts"):
+        figures.main([f"--run={run}" for run in runs])
+    assert not (runs[0] / "figures").exists()
+
+
+@pytest.mark.parametrize("flags", [["--names", "x", "y"], ["--run={run}"], ["--run=/nope"], ["--results=/nope"]])
+def test_wrong_flags_are_named(tmp_path, flags, capsys):
+    run = make_run(tmp_path / "run")
+    with pytest.raises(SystemExit) as error:
+        figures.main([f"--run={run}", *(flag.format(run=run) for flag in flags)])
+    said = str(error.value) + capsys.readouterr().err
+    assert any(part in said for part in ("2 names for 1 runs", "different names", "nope"))
+    assert not (run / "figures").exists()
