@@ -189,7 +189,7 @@ def test_comparison_runs_skips_and_renders(tmp_path, capfd, monkeypatch):
     argv = ["--recipes", str(recipe), f"--runs_dir={tmp_path / 'runs'}"]
     argv = ["comparison", *argv, f"--results_dir={tmp_path / 'results'}", "--cells", "bc", "ecl-sum"]
     failing = ["--flags=--data.source digits --data.max_count 9999"]
-    with pytest.raises(SystemExit, match="these runs failed.*bc seed 0"):
+    with pytest.raises(SystemExit, match=r"these runs failed.*bc seed 0"):
         reproduce.main([*argv, "--seeds", "0", "--cells", "bc", *failing])
     assert "lower data.max_count" in capfd.readouterr().err
     monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=run_here))
