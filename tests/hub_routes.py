@@ -26,6 +26,7 @@ class Request:
     hub: "HubServer"
     origin: str
     method: str
+    host: str  # "" unless the server is used as a proxy
     path: str  # still percent-encoded: revisions and folders may contain "/"
     query: dict[str, list[str]]
     headers: dict[str, str]
@@ -82,6 +83,9 @@ def route(method: str, pattern: str, write: bool = False):
 
 
 def dispatch(request: Request) -> Response:
+    if request.host and not request.host.startswith("datasets-server."):
+        request.hub.problems.append(f"connection to {request.host}")
+        raise HubError(403, f"{request.host} is not part of the test")
     token = request.headers.get("authorization", "").removeprefix("Bearer ")
     if token and token not in TOKENS:
         raise HubError(401, "Invalid credentials in Authorization header")
@@ -135,6 +139,11 @@ def whoami(request):
     check_owner(request, request.user)
     token = {"type": "access_token", "accessToken": {"displayName": "tests", "role": "write"}}
     return Response.of({"type": "user", "name": request.user, "fullname": "", "orgs": [], "auth": token})
+
+
+@route("GET", "/info")  # load_dataset, of the data set viewer; without an answer it reads the card
+def viewer(_request):
+    raise HubError(404, "The data set has not been processed")
 
 
 @route("POST", "/api/repos/create")  # HfApi.create_repo

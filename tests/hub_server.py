@@ -9,7 +9,7 @@ the bytes of large (LFS) ones. The fixture `hub` of conftest.py starts it and se
     subprocess.run(command, env=hub.environment())      # another process, with an empty cache
 
 `hub.problems` lists what must not happen: requests that no route answers, a token sent to the CDN, a connection to
-another host, an error in the server. The fixture fails the test if there are any.
+another host (the server is the clients' proxy), an error in the server. The fixture fails the test if there are any.
 """
 
 import os
@@ -129,6 +129,9 @@ class HubServer:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
             "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # datasets counts on another host
+            "http_proxy": self.url,  # what is meant for other hosts arrives here and is noticed
+            "https_proxy": self.url,
+            "no_proxy": "127.0.0.1,localhost",
         } | ({"HF_TOKEN": token} if token else {})
         foreign = re.compile("HF_|HUGGING|TRANSFORMERS_|.*_PROXY", re.IGNORECASE)
         return {name: value for name, value in os.environ.items() if not foreign.match(name)} | ours
@@ -166,8 +169,10 @@ def handler(hub: HubServer, origin: str) -> type[BaseHTTPRequestHandler]:
             """Say nothing on stderr."""
 
         def handle_request(self) -> None:
-            address, headers = urlsplit(self.path), {name.lower(): value for name, value in self.headers.items()}
-            request = Request(hub, origin, self.command, address.path, parse_qs(address.query), headers, b"")
+            address = urlsplit(f"//{self.path}" if self.command == "CONNECT" else self.path)
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            target = (self.command, address.netloc, address.path, parse_qs(address.query))
+            request = Request(hub, origin, *target, headers, b"")
             length, fault = int(headers.get("content-length", 0)), hub.fault(request)
             cut = fault is not None and fault.response is None
             request.body = self.rfile.read(length // 2 if cut else length)
@@ -193,6 +198,6 @@ def handler(hub: HubServer, origin: str) -> type[BaseHTTPRequestHandler]:
                     self.end_headers()
                     self.wfile.write(body)
 
-        do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request
+        do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_CONNECT = handle_request
 
     return Handler
