@@ -3,7 +3,7 @@
 It has two origins, as the real one: `hub.url` answers the API and serves small files, and redirects to `hub.cdn` for
 the bytes of large (LFS) ones. The fixture `hub` of conftest.py starts it and sends the clients of this process there:
 
-    HfApi().create_repo("owner/model")                  # the token in use is that of "owner"; `TOKENS` has another
+    HfApi().create_repo("owner/model")                  # the token in use is that of "owner"; "hf_guest" is another
     hub.fail(method="PUT", status=500, times=2)         # refuse the next two uploads; `hub.cut` breaks them off
     hub.requests("GET", "/resolve/")                    # the log; `hub.downloaded("owner/model")`: bytes by file
     subprocess.run(command, env=hub.environment())      # another process, with an empty cache
