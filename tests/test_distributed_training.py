@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import evaluate
+import numpy as np
 import pytest
 import torch
+import train
+from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).parents[1] / "training" / "train.py"
@@ -70,6 +73,28 @@ def test_two_processes_test_each_picture_once(tmp_path):
     assert ours["test_images"] == one["test_images"] == 400
     for flip in ("plain", "flip"):
         assert ours["test"][flip]["ensemble"] == pytest.approx(one["test"][flip]["ensemble"], abs=1e-6)
+
+
+def test_two_processes_collect_the_same_arrays(tmp_path):
+    """Test pictures, training pictures and landscape directions are shared out, and nothing counts twice."""
+    flags = [*FLAGS, "--method=bkt", "--model.architecture=resnet20_cifar", "--model.image_size=8", "--epochs=1"]
+    run = train.main([*flags, f"--output_dir={tmp_path / 'run'}"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+    flags = [f"--run={run}", "--landscape_images=20", "--batch_size=100"]
+    evaluate.main([*flags, f"--output={tmp_path / 'one.json'}"])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [*torchrun, SCRIPT.with_name("evaluate.py"), *flags, f"--output={tmp_path / 'two.json'}"]
+    subprocess.run(command, env=environment, capture_output=True, check=True, timeout=300)
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert [result["machine"]["processes"] for result in (one, two)] == [1, 2]
+    for key in ("test", "test_images", "reliability", "posthoc", "shifted"):
+        assert one[key] == two[key]
+    with np.load(tmp_path / "one.npz") as ours, np.load(tmp_path / "two.npz") as theirs:
+        assert {"transfer_weight", "landscape_loss", "confusion"} < set(ours) == set(theirs)
+        for name in ours:
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-6, err_msg=name)
 
 
 def test_unconnected_processes_are_refused(tmp_path):

@@ -3,6 +3,7 @@
     python training/evaluate.py --run runs/c100 --landscape_images 1000
     python training/evaluate.py --model runs/c100/model --recipe runs/c100/recipe.yaml --output test.json
     accelerate launch training/evaluate.py --model me/ecl --recipe training/recipes/cifar100_lt.yaml --data.path DIR
+    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -- training/evaluate.py --run runs/c100    # mind the --
 
 Scores and small tables go to a JSON file, larger arrays to an .npz file beside it; `figures.py` draws from both. Into a
 run's own results.json go the scores alone.
