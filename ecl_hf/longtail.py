@@ -1,12 +1,13 @@
 """Long-tailed protocols: how many images each class keeps, and which ones (Sec. VI-A)."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
 from ecl_hf.modeling_ecl import log_prior_shift
 
-__all__ = ["exponential_counts", "log_prior_shift", "longtail_indices", "pareto_counts"]
+__all__ = ["exponential_counts", "held_out_counts", "log_prior_shift", "longtail_indices", "pareto_counts"]
 
 
 def exponential_counts(num_classes: int, max_count: int, imbalance_factor: float) -> list[int]:
@@ -65,7 +66,29 @@ def _check_profile(num_classes: int, max_count: int) -> None:
         raise ValueError(f"num_classes and max_count must be at least 1, got {num_classes} and {max_count}")
 
 
-def longtail_indices(labels: Sequence[int] | np.ndarray, counts: Sequence[int], seed: int = 0) -> np.ndarray:
+def held_out_counts(available: Sequence[int] | np.ndarray, fraction: float) -> np.ndarray:
+    """How many images of each class to hold out for testing.
+
+    Args:
+        available: images of each class, [C].
+        fraction: part of each class, in (0, 1); rounded, half to even.
+
+    Returns:
+        [C]; at least 1 and at most all but one where a class has two images, 0 where it has fewer.
+
+    Raises:
+        ValueError: a fraction outside (0, 1).
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"the fraction to hold out must lie in (0, 1), got {fraction}")
+    available = np.asarray(available)
+    held_out = np.rint(available * fraction).astype(np.int64)
+    return np.where(available >= 2, np.clip(held_out, 1, np.maximum(1, available - 1)), 0)
+
+
+def longtail_indices(
+    labels: Sequence[int] | np.ndarray, counts: Sequence[int] | np.ndarray, seed: int | Literal["first"] = 0
+) -> np.ndarray:
     """Choose the images of a long-tailed subset.
 
     For each class in label order, its positions are shuffled by numpy's legacy generator and the first `counts[c]` are
@@ -74,7 +97,8 @@ def longtail_indices(labels: Sequence[int] | np.ndarray, counts: Sequence[int], 
     Args:
         labels: class of each image, [N].
         counts: images to keep of each class, [C].
-        seed: of `numpy.random.RandomState`; the global generator is left alone.
+        seed: of `numpy.random.RandomState`, or "first": take each class's first images without shuffling. The global
+            generator is left alone.
 
     Returns:
         int64 positions, class after class, [sum(counts)].
@@ -92,10 +116,11 @@ def longtail_indices(labels: Sequence[int] | np.ndarray, counts: Sequence[int], 
     if short := np.flatnonzero(available < wanted).tolist():
         c = short[0]
         raise ValueError(f"class {c} has {available[c]} images, but {wanted[c]} are wanted ({len(short)} such classes)")
-    random = np.random.RandomState(seed)
+    random = None if seed == "first" else np.random.RandomState(seed)
     by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(available)[:-1])
     chosen = []
     for positions, count in zip(by_class, wanted, strict=True):
-        random.shuffle(positions)
+        if random:
+            random.shuffle(positions)
         chosen.append(positions[:count])
     return np.concatenate(chosen).astype(np.int64)

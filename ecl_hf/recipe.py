@@ -28,9 +28,17 @@ class DataConfig:
     """Pictures, and the long-tailed split made of them."""
 
     source: str = "uoft-cs/cifar100"
-    """Data set: a Hub repository, or "digits" (scikit-learn's handwritten digits, no download)."""
+    """Data set: a Hub repository; a published list over your pictures in `path` (`imagenet_lt`, `places_lt`,
+    `inaturalist2018`); or `digits` (scikit-learn's handwritten digits, no download)."""
     path: str | None = None
-    """Local directory with the data set (parquet files train-*, test-*, or an image folder), instead of `source`."""
+    """Local directory with the pictures, instead of the Hub's: class folders, parquet files train-*, test-*, or what
+    else `datasets` reads."""
+    subset: str | None = None
+    """Subset of a Hub repository that has several."""
+    train_list: str | None = None
+    """Published training list of `source`; found in `path` by its official name when not given."""
+    test_list: str | None = None
+    """Published test list of `source`; found in `path` by its official name when not given."""
     image_column: str | None = None
     """Column with the pictures; found by its type when not given."""
     label_column: str | None = None
@@ -39,14 +47,18 @@ class DataConfig:
     """Name of the split to train on."""
     test_split: str = "test"
     """Name of the split to test on."""
+    test_fraction: float | None = None
+    """Part of each class of `train_split` to hold out and test on, instead of `test_split`."""
     profile: Literal["exponential", "pareto", "as_is"] = "exponential"
     """How class counts fall: `exponential` (CIFAR-LT), `pareto` (ImageNet-LT), or `as_is` (long-tailed already)."""
     imbalance_factor: float = 100.0
     """Largest class count over the smallest (gamma); not used by `as_is`."""
     max_count: int | None = None
     """Images of the largest class; the smallest class size of the full train split when not given."""
-    split_seed: int = 0
-    """Seed that chooses the images of the long-tailed split; 0 is the published protocol."""
+    split_seed: int | Literal["first"] = 0
+    """Seed that chooses the images of the split; 0 is the published protocol, `first` takes each class's first ones."""
+    split: str | None = None
+    """Directory of a split that `training/data.py build` made: its pictures are taken, if it is of this protocol."""
     augmentation: Literal["cifar", "imagenet"] = "cifar"
     """Supervised view: `cifar` (crop, AutoAugment, Cutout) or `imagenet` (resized crop, jitter, RandAugment)."""
     horizontal_flip: bool = True
@@ -61,7 +73,12 @@ class DataConfig:
             self.max_count is None or self.max_count >= 1, f"data.max_count must be at least 1, got {self.max_count}"
         )
         for name in ("split_seed", "num_workers"):
-            _require(getattr(self, name) >= 0, f"data.{name} must not be negative, got {getattr(self, name)}")
+            value = getattr(self, name)
+            _require(value == "first" or value >= 0, f"data.{name} must not be negative, got {value}")
+        _require(
+            self.test_fraction is None or 0 < self.test_fraction < 1,
+            f"data.test_fraction must lie between 0 and 1, got {self.test_fraction}",
+        )
 
 
 @dataclass(kw_only=True)

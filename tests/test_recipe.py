@@ -22,6 +22,11 @@ PAPER = {
     "batch_size": 64,
     "data.source": "uoft-cs/cifar100",
     "data.path": None,
+    "data.subset": None,
+    "data.train_list": None,
+    "data.test_list": None,
+    "data.test_fraction": None,
+    "data.split": None,
     "data.image_column": None,
     "data.label_column": None,
     "data.train_split": "train",
@@ -64,7 +69,37 @@ PAPER = {
     "hub.license": None,
 }
 
+LARGE_SCALE = {
+    "batch_size": 256,
+    "data.profile": "as_is",
+    "data.augmentation": "imagenet",
+    "data.num_workers": 8,
+    "model.architecture": "resnet50",
+    "model.classifier": "cosine",
+    "loss.queue_size": 8192,
+    "loss.projection_dim": 128,
+    "optim.lr": 0.04,  # 0.01 per 64 images
+}
+IMAGENET_LT = LARGE_SCALE | {
+    "epochs": 180,
+    "data.source": "imagenet_lt",
+    "data.test_split": "validation",
+    "optim.weight_decay": 5e-4,
+}
 CHANGES = {
+    "imagenet_lt_resnet50": IMAGENET_LT,
+    "imagenet_lt_resnext50": IMAGENET_LT | {"model.architecture": "resnext50_32x4d"},
+    "inaturalist2018": LARGE_SCALE
+    | {"epochs": 90, "data.source": "inaturalist2018", "model.classifier_scale": 32.0, "optim.weight_decay": 1e-4},
+    "places_lt": LARGE_SCALE
+    | {
+        "epochs": 30,
+        "data.source": "places_lt",
+        "model.architecture": "resnet152",
+        "model.pretrained": True,
+        "optim.lr": 0.02,
+        "optim.weight_decay": 2e-4,
+    },
     "cifar100_lt": {"data.label_column": "fine_label"},
     "cifar100_lt_16px": {
         "data.label_column": "fine_label",
@@ -260,7 +295,8 @@ OTHER = Recipe(
         profile="pareto",
         imbalance_factor=12.5,
         max_count=40,
-        split_seed=9,
+        split_seed="first",
+        test_fraction=0.25,
         augmentation="imagenet",
         horizontal_flip=False,
         num_workers=2,
@@ -309,6 +345,9 @@ def test_configurations_are_not_shared():
         ("optim:\n  lr: .inf\n", r"optim\.lr must be finite"),
         ("model:\n  classifier_scale: -1\n", r"model\.classifier_scale must be positive"),
         ("data:\n  split_seed: -1\n", r"data\.split_seed must not be negative"),
+        ("data:\n  split_seed: last\n", r"data\.split_seed"),
+        ("data:\n  test_fraction: 0\n", r"data\.test_fraction must lie between 0 and 1"),
+        ("data:\n  test_fraction: 1.0\n", r"data\.test_fraction must lie between 0 and 1"),
     ],
 )
 def test_empty_or_senseless_values_are_named(text, message, tmp_path):

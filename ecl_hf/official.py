@@ -1,0 +1,293 @@
+"""Published long-tailed benchmarks: their lists over the user's pictures, and the counts that they must have.
+
+`official_counts.json` holds the training pictures of each class in label order: ImageNet-LT and Places-LT of Liu et al.
+(2019) as in the lists of facebookresearch/classifier-balancing, iNaturalist 2018 as in its training JSON.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import zip_longest
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from timm.data import ImageNetInfo
+
+from ecl_hf.folders import TABLES, pictures
+from ecl_hf.recipe import DataConfig
+from ecl_hf.sources import Source, directory, labels_of, read_splits, with_labels
+
+CIFAR = {
+    "bb3914949cecedee6d1257f7f5fdb8f43fa3b2c8095fd1763161caf1b873fe59": ("CIFAR-10", 5000, 1000),
+    "fbe8ad23bbaf24969898a386833b49c3aaf6ad1119d43f7b41cdea1b3416d578": ("CIFAR-100", 500, 100),
+}
+"""SHA-256 of the class names, a line each: the data set, its training and its test images of every class."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A published long-tailed list.
+
+    Attributes:
+        name: as in `data.source`.
+        train_counts: training pictures of each class in label order, [C].
+        test_count: test pictures of every class.
+        train_lists: file names under which the training list is published, text or JSON.
+        test_lists: the same for the list that papers test on.
+        class_name: from a picture's path in a text list; JSON lists name their classes.
+        hub: Hub repository whose stored file names are those of the lists.
+        flat: whether a picture may lie one folder higher than listed, since its name alone tells it from all others.
+    """
+
+    name: str
+    train_counts: Sequence[int]
+    test_count: int
+    train_lists: Sequence[str]
+    test_lists: Sequence[str]
+    class_name: Callable[[str], str]
+    hub: str | None = None
+    flat: bool = False
+
+
+@dataclass(frozen=True)
+class PictureList:
+    """One list: file, paths in it, labels [N], and class names if it has them."""
+
+    file: Path
+    paths: list[str]
+    labels: np.ndarray
+    class_names: list[str] | None
+
+
+def load_official(benchmark: Benchmark, config: DataConfig) -> Source:
+    """Join a benchmark's lists with the pictures; opens none of them.
+
+    Raises:
+        FileNotFoundError: a list or pictures are missing; the message counts them and names the first.
+        ValueError: a list is damaged or has other counts than the published one, or the pictures are known by other
+            names; the message names the class and the file, and says what to do.
+    """
+    if config.profile != "as_is" or config.test_fraction is not None:
+        raise ValueError(
+            f"{benchmark.name} is long-tailed and has a test list: set data.profile as_is, and no data.test_fraction"
+        )
+    root = directory(config) if config.path else None
+    if root is None and benchmark.hub is None:
+        raise ValueError(f"data.source {benchmark.name} needs data.path, the directory with its pictures")
+    train = read_list(_find(root, config.train_list, benchmark.train_lists, "data.train_list"))
+    test = read_list(_find(root, config.test_list, benchmark.test_lists, "data.test_list"))
+    names = train.class_names or _distinct(_names_by_path(train, benchmark))
+    check_counts(train, benchmark.train_counts, names)
+    check_counts(test, [benchmark.test_count] * len(benchmark.train_counts), names)
+    if test.class_names not in (None, train.class_names):
+        raise ValueError(f"{test.file} has other categories than {train.file}")
+    if root and not any(next(root.glob(f"{depth}{kind}"), None) for depth in ("", "*/") for kind in TABLES[:2]):
+        splits = [pictures(_locate(root, part, benchmark.flat), part.labels, names) for part in (train, test)]
+    else:
+        stored, _ = read_splits(config if root else replace(config, source=benchmark.hub))
+        splits = [_match(stored[key], part, names, config) for key, part in (("train", train), ("test", test))]
+    return Source(benchmark.name, *splits, class_names=names, published=True)
+
+
+def check_counts(part: PictureList, expected: Sequence[int], names: Sequence[str]) -> None:
+    """Compare a list with the published numbers; ValueError names the file and the first class that differs."""
+    found = np.bincount(part.labels)
+    wrong = [c for c, (n, m) in enumerate(zip_longest(found, expected, fillvalue=0)) if n != m]
+    if wrong:
+        c = wrong[0]
+        is_, should = (int(counts[c]) if c < len(counts) else 0 for counts in (found, expected))
+        name = f" ({names[c]})" if c < len(names) else ""
+        raise ValueError(
+            f"{part.file}: class {c}{name} has {is_} pictures, but {should} in the published list; {len(wrong)} such "
+            f"classes, and {len(part.labels)} of {sum(expected)} pictures. Fetch the published list again, or make "
+            "class folders for a selection of your own"
+        )
+
+
+def check_cifar(source: Source) -> None:
+    """See that a data set with the classes of CIFAR has all its images, since the published splits start from them."""
+    if source.test is None:
+        return
+    digest = hashlib.sha256("\n".join(source.class_names).encode()).hexdigest()
+    if digest not in CIFAR:
+        return
+    name, *expected = CIFAR[digest]
+    for what, split, should in zip(("training", "test"), (source.train, source.test), expected, strict=True):
+        counts = np.bincount(labels_of(split), minlength=len(source.class_names))
+        if len(wrong := np.flatnonzero(counts != should)):
+            c = wrong[0]
+            raise ValueError(
+                f"{source.name}: class {source.class_names[c]} has {counts[c]} {what} images, but {should} in {name} "
+                f"({len(wrong)} such classes): this would not be {name}-LT; set data.max_count to cut it all the same"
+            )
+
+
+def read_list(file: Path) -> PictureList:
+    """Read lines "path label", or JSON with `images`, `annotations` and `categories`; ValueError: a wrong entry."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        return _read_json(file, json.loads(text)) if file.suffix == ".json" else _read_lines(file, text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text file: {error}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+
+
+def _read_lines(file: Path, text: str) -> PictureList:
+    paths, labels = [], []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        path, _, label = line.strip().rpartition(" ")
+        if not path or not label.isdecimal():
+            raise ValueError(f"{file}, line {number}: expected a path and a label, got {line[:80]!r}")
+        paths.append(path.strip())
+        labels.append(int(label))
+    if not paths:
+        raise ValueError(f"{file} lists no pictures")
+    return PictureList(file, paths, np.array(labels), None)
+
+
+def _read_json(file: Path, content: dict) -> PictureList:
+    try:
+        categories = {entry["id"]: entry["name"] for entry in content["categories"]}
+        number = {category: c for c, category in enumerate(sorted(categories))}
+        label = {entry["image_id"]: number[entry["category_id"]] for entry in content["annotations"]}
+        paths = [entry["file_name"] for entry in content["images"]]
+        labels = np.array([label[entry["id"]] for entry in content["images"]], np.int64)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file}: an image, annotation or category lacks or does not know {error}") from error
+    if len(content["annotations"]) != len(paths):
+        raise ValueError(f"{file} has {len(content['annotations'])} annotations for {len(paths)} images")
+    return PictureList(file, paths, labels, _distinct([str(categories[category]) for category in sorted(categories)]))
+
+
+def _find(root: Path | None, given: str | None, names: Sequence[str], flag: str) -> Path:
+    """The list that was named, or the one with a published name in the directory or a folder of it."""
+    if given is not None:
+        if not Path(given).is_file():
+            raise FileNotFoundError(f"{flag} {given} is not a file")
+        return Path(given)
+    found = [path for name in names for place in ("", "*/") for path in sorted(root.glob(place + name))] if root else []
+    if len(found) != 1:
+        seen = ", ".join(map(str, found)) or "none"
+        raise FileNotFoundError(f"{flag}: name the published list, {' or '.join(names)}; found in data.path: {seen}")
+    return found[0]
+
+
+def _locate(root: Path, part: PictureList, flat: bool) -> list[str]:
+    """Where the pictures of a list are; each folder is read once."""
+
+    @cache
+    def content(folder: str) -> frozenset[str]:
+        try:
+            return frozenset(os.listdir(root / folder))  # noqa: PTH208 (names alone: a million Path objects are slow)
+        except (FileNotFoundError, NotADirectoryError):
+            return frozenset()
+
+    found, missing = [], []
+    for path in part.paths:
+        folder, _, name = path.rpartition("/")
+        higher = folder.rpartition("/")[0]
+        if name in content(folder):
+            found.append(f"{root}/{path}")
+        elif flat and name in content(higher):
+            found.append(f"{root}/{higher}/{name}")
+        else:
+            missing.append(path)
+    if missing:
+        first = ", ".join(missing[:5])
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(part.paths)} pictures in {part.file} are not in {root}: {first}"
+        )
+    return found
+
+
+def _match(split: datasets.Dataset, part: PictureList, names: list[str], config: DataConfig) -> datasets.Dataset:
+    """The rows of a stored split whose file names are those of a list, in its order, with its labels."""
+    image = config.image_column or "image"
+    stored = pc.struct_field(split.data.column(image), "path").combine_chunks()
+    rows = pc.index_in(_base_names(pa.array(part.paths)), _base_names(stored))
+    if rows.null_count:
+        missing = [part.paths[row] for row in np.flatnonzero(rows.is_null().to_numpy(zero_copy_only=False))]
+        raise ValueError(
+            f"{len(missing)} of {len(part.paths)} pictures in {part.file} are not among the file names stored in "
+            f"{config.path or config.source}: {', '.join(missing[:5])}. Where file names did not survive, use "
+            "data.source ILSVRC/imagenet-1k with data.profile pareto, which has similar counts"
+        )
+    chosen = split.select_columns(image).rename_column(image, "image").select(rows.to_numpy())
+    return with_labels(chosen, part.labels, names)
+
+
+def _base_names(paths: pa.Array) -> pa.Array:
+    """File names without folders, and without the class that ILSVRC/imagenet-1k puts behind them."""
+    return pc.replace_substring_regex(pc.replace_substring_regex(paths, r"^.*/", ""), r"(_\d+)_n\d{8}\.", r"\1.")
+
+
+def _names_by_path(part: PictureList, benchmark: Benchmark) -> list[str]:
+    first = dict(zip(reversed(part.labels.tolist()), reversed(part.paths), strict=True))
+    return [benchmark.class_name(first[c]) if c in first else str(c) for c in range(len(benchmark.train_counts))]
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Names that occur twice get their label behind them."""
+    often = Counter(names)
+    return [name if often[name] == 1 else f"{name} ({c})" for c, name in enumerate(names)]
+
+
+@cache
+def _imagenet() -> ImageNetInfo:
+    return ImageNetInfo("imagenet-1k")
+
+
+def _synset(path: str) -> str:
+    """What an ImageNet folder is called: "tench" for n01440764."""
+    folder = _last_folder(path)
+    try:
+        return _imagenet().label_name_to_description(folder).split(",")[0]
+    except KeyError:
+        return folder
+
+
+def _scene(path: str) -> str:
+    """Place category: folders below the first, without the letter that some lists sort them by."""
+    folders = path.split("/")[1:-1]
+    return "/".join(folders[1:] if len(folders) > 1 and len(folders[0]) == 1 else folders)
+
+
+def _last_folder(path: str) -> str:
+    return path.split("/")[-2]
+
+
+COUNTS = json.loads(Path(__file__).with_name("official_counts.json").read_text())
+BENCHMARKS = {
+    benchmark.name: benchmark
+    for benchmark in (
+        Benchmark(
+            "imagenet_lt",
+            COUNTS["imagenet_lt"],
+            50,
+            ("ImageNet_LT_train.txt",),
+            ("ImageNet_LT_test.txt",),
+            _synset,
+            hub="ILSVRC/imagenet-1k",
+            flat=True,
+        ),
+        Benchmark("places_lt", COUNTS["places_lt"], 100, ("Places_LT_train.txt",), ("Places_LT_test.txt",), _scene),
+        Benchmark(
+            "inaturalist2018",
+            COUNTS["inaturalist2018"],
+            3,
+            ("train2018.json", "iNaturalist18_train.txt"),
+            ("val2018.json", "iNaturalist18_val.txt"),
+            _last_folder,
+        ),
+    )
+}

@@ -1,0 +1,235 @@
+"""All pictures of a data set, before a protocol chooses among them: class folders, and what `datasets` reads."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from datasets.packaged_modules.parquet.parquet import Parquet
+
+from ecl_hf.folders import is_class_folders, read_class_folders
+from ecl_hf.longtail import longtail_indices
+from ecl_hf.recipe import DataConfig
+
+
+@dataclass(frozen=True)
+class Source:
+    """Pictures with classes, as columns `image` and `label`.
+
+    Attributes:
+        name: for messages and records.
+        train: pictures to choose from.
+        test: pictures of the test split; None where it is to be cut from `train`.
+        class_names: in label order, [C].
+        published: whether it is a published long-tailed benchmark, whose counts were checked.
+    """
+
+    name: str
+    train: datasets.Dataset
+    test: datasets.Dataset | None
+    class_names: list[str]
+    published: bool = False
+
+
+def read_source(config: DataConfig) -> Source:
+    """Read the splits that a configuration names, find their columns, and number their classes.
+
+    Raises:
+        FileNotFoundError: the path does not exist or holds no data set.
+        ValueError: a split or column is missing or ambiguous, a label lies outside the classes, or the splits store
+            different classes; the message names it.
+    """
+    name = config.path or config.source
+    if config.path is None and name == "digits":
+        return Source(name, *_digits().values(), class_names=[str(c) for c in range(10)])
+    root = directory(config) if config.path else None
+    if root and is_class_folders(root):
+        splits, class_names = read_class_folders(root, config)
+        return Source(name, splits["train"], splits.get("test"), class_names)
+    loaded, stored = read_splits(config)
+    image, label = _columns(loaded["train"].features, config, name)
+    splits, where = {}, {"train": config.train_split, "test": config.test_split}
+    for key, split in loaded.items():
+        _columns(split.features, config, f"{name}, split {where[key]}")
+        columns = split.select_columns([image, label]).rename_columns({image: "image", label: "label"})
+        splits[key] = columns
+    class_names = _class_names(splits)
+    for key, split in splits.items():
+        labels = _numbers(split, class_names, stored.get(key), f"{name}, split {where[key]}, column {label}")
+        splits[key] = with_labels(split, labels, class_names)
+    return Source(name, splits["train"], splits.get("test"), class_names)
+
+
+def directory(config: DataConfig) -> Path:
+    """`data.path`, if it is a directory with something in it."""
+    root = Path(config.path)
+    if not root.is_dir():
+        raise FileNotFoundError(f"data.path {config.path} is not a directory")
+    if not any(root.iterdir()):
+        raise FileNotFoundError(f"data.path {config.path} is empty")
+    return root
+
+
+def with_labels(split: datasets.Dataset, labels: np.ndarray, class_names: Sequence[str]) -> datasets.Dataset:
+    """The same pictures with these labels, [N]."""
+    feature = datasets.ClassLabel(names=list(class_names))
+    if split.features["label"] == feature and np.array_equal(labels_of(split), labels):
+        return split
+    return split.remove_columns("label").add_column("label", labels, feature=feature)
+
+
+def labels_of(split: datasets.Dataset) -> np.ndarray:
+    """Labels as numbers, [N]; reads no picture."""
+    return _label_column(split).to_numpy().astype(np.int64)
+
+
+def _label_column(split: datasets.Dataset) -> pa.ChunkedArray:
+    table = split.select_columns("label").with_format("arrow")[:]
+    return table["label"] if isinstance(table["label"], pa.ChunkedArray) else pa.chunked_array([table["label"]])
+
+
+def read_splits(config: DataConfig) -> tuple[dict[str, datasets.Dataset], dict[str, list[str]]]:
+    """What `datasets` reads: "train" and, unless `test_fraction` is set, "test".
+
+    Returns:
+        The splits; and for each the class names in the order in which its own parquet files number them, where they do,
+        since `datasets` takes the names of the first file for all.
+    """
+    name = config.path or config.source
+    wanted = {"train": config.train_split} | ({} if config.test_fraction is not None else {"test": config.test_split})
+    stored = {}
+    if config.path and (Path(name) / "dataset_dict.json").is_file():
+        with _reading(name):
+            loaded = datasets.load_from_disk(name)
+    else:
+        with _reading(name):
+            builder = datasets.load_dataset_builder(str(Path(name).resolve()) if config.path else name, config.subset)
+        stored = _stored_names(builder, wanted, config)
+        with _reading(name):
+            builder.download_and_prepare()
+            loaded = builder.as_dataset()
+    for key, split in wanted.items():
+        if split not in loaded:
+            advice = "; data.test_fraction cuts one from the training pictures" if key == "test" else ""
+            raise ValueError(f"{name} has no split {split!r} (data.{key}_split); it has {', '.join(loaded)}{advice}")
+    return {key: loaded[split] for key, split in wanted.items()}, stored
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Say which data set it is that can't be read, and why."""
+    try:
+        yield
+    except (datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DataFilesNotFoundError, ConnectionError) as e:
+        raise FileNotFoundError(f"can't load the data set {name}: {e}") from e
+    except (datasets.exceptions.DatasetsError, RuntimeError, ValueError) as e:  # scripts, damaged or empty files
+        advice = "; set data.subset" if "Config name is missing" in str(e) else ""
+        raise ValueError(f"can't read the data set {name}: {e.__cause__ or e}{advice}") from e
+
+
+def _stored_names(builder: datasets.DatasetBuilder, wanted: dict[str, str], config: DataConfig) -> dict[str, list[str]]:
+    """Class names in the order of each split's own parquet files; of remote ones the first is asked."""
+    if not isinstance(builder, Parquet) or not set(wanted.values()) <= builder.config.data_files.keys():
+        return {}
+    name, stored = config.path or config.source, {}
+    for key, split in wanted.items():
+        files = builder.config.data_files[split]
+        for file in files if config.path else files[:1]:
+            with _reading(name), fsspec.open(file, "rb") as opened:
+                features = datasets.Features.from_arrow_schema(pq.read_schema(opened))
+            _, label = _columns(features, config, name)
+            if not isinstance(features[label], datasets.ClassLabel):
+                return {}
+            names = features[label].names
+            if stored.setdefault(key, names) != names:
+                raise ValueError(f"{name}: the files of split {split} number the classes differently, see {file}")
+    if only := sorted(set(stored.get("test", [])) - set(stored["train"])):
+        raise ValueError(
+            f"{name}: {len(only)} classes of split {wanted['test']} are none of split {wanted['train']}: "
+            f"{', '.join(only[:10])}"
+        )
+    return stored
+
+
+def _columns(features: datasets.Features, config: DataConfig, name: str) -> tuple[str, str]:
+    """Names of the image and label columns: as configured, else by their types, else `label`."""
+
+    def choose(configured: str | None, kind: type, what: str) -> str:
+        if configured is not None:
+            if configured not in features:
+                raise ValueError(f"{name} has no column {configured!r} ({what}); it has {', '.join(features)}")
+            return configured
+        found = [column for column, feature in features.items() if isinstance(feature, kind)]
+        if not found and kind is datasets.ClassLabel and "label" in features:
+            return "label"
+        if len(found) != 1:
+            seen = ", ".join(found) or "none"
+            raise ValueError(f"{name}: set {what}; columns that could be it: {seen}; all: {', '.join(features)}")
+        return found[0]
+
+    image = choose(config.image_column, datasets.Image, "data.image_column")
+    label = choose(config.label_column, datasets.ClassLabel, "data.label_column")
+    if not isinstance(features[image], datasets.Image):
+        raise ValueError(f"column {image!r} of {name} (data.image_column) holds {features[image]}, not images")
+    feature = features[label]
+    plain = isinstance(feature, datasets.Value) and ("int" in feature.dtype or "string" in feature.dtype)
+    if not isinstance(feature, datasets.ClassLabel) and not plain:
+        raise ValueError(f"column {label!r} of {name} (data.label_column) holds {feature}, not class labels")
+    return image, label
+
+
+def _class_names(splits: dict[str, datasets.Dataset]) -> list[str]:
+    """As stored; the sorted distinct values of a column of strings; whole numbers are their own names."""
+    feature = splits["train"].features["label"]
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names)
+    columns = [_label_column(split) for split in splits.values()]
+    if "string" in feature.dtype:
+        return sorted({name for column in columns for name in pc.unique(column).to_pylist() if name})
+    largest = pc.max(columns[0]).as_py()
+    return [str(c) for c in range(min((-1 if largest is None else largest) + 1, len(columns[0])))]
+
+
+def _numbers(split: datasets.Dataset, class_names: list[str], stored: list[str] | None, where: str) -> np.ndarray:
+    """Labels as positions in `class_names`, [N]; `stored` are the names in the order in which the split counts."""
+    column = _label_column(split)
+    if not len(column):
+        raise ValueError(f"{where}: no images")
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        numbers = pc.fill_null(pc.index_in(column, pa.array(class_names, column.type)), -1).to_numpy().astype(np.int64)
+        last = "the class names"
+    else:
+        numbers = pc.fill_null(column, -1).to_numpy().astype(np.int64)
+        last = f"0..{len(class_names if stored is None else stored) - 1}"
+    wrong = np.flatnonzero((numbers < 0) | (numbers >= len(class_names if stored is None else stored)))
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(f"{where}: row {row} has label {column[row]}, outside {last} ({len(wrong)} such rows)")
+    if stored is not None and stored != class_names and set(stored) <= set(class_names):
+        numbers = np.array([class_names.index(name) for name in stored])[numbers]
+    return numbers
+
+
+def _digits() -> dict[str, datasets.Dataset]:
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; 40 of each class, chosen once, are the test split."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as e:
+        raise ValueError("the digits need scikit-learn: pip install 'ecl-hf[digits]'") from e
+    digits = load_digits()
+    values = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    test = np.sort(longtail_indices(digits.target, [40] * 10))
+    train = np.setdiff1d(np.arange(len(values)), test)
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(c) for c in range(10)])}
+    )
+    return {
+        name: datasets.Dataset.from_dict({"image": list(values[rows]), "label": digits.target[rows]}, features)
+        for name, rows in (("train", train), ("test", test))
+    }

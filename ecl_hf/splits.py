@@ -1,0 +1,217 @@
+"""A split as an object that can be cited: which pictures of which source, in which class order, by which protocol.
+
+split.json       protocol, source, class order and counts, SHA-256 of both lists
+train_rows.txt   positions in the source's training pictures, a line each: `sha256sum` gives the number in split.json
+test_rows.txt    the same for the test pictures
+data/*.parquet   the pictures themselves, if asked for
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from ecl_hf.recipe import DataConfig
+from ecl_hf.sources import Source, labels_of
+
+PROTOCOL = ("profile", "imbalance_factor", "max_count", "split_seed", "test_fraction")
+"""Keys of the data section that decide which pictures are taken."""
+
+LAYOUT = ("subset", "train_split", "test_split", "image_column", "label_column")
+"""Keys that say where in the source they are."""
+
+PARTS = ("train", "test")
+SHARD = 5000
+"""Pictures of one parquet file."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split that was written.
+
+    Attributes:
+        path: its directory.
+        record: content of `split.json`.
+    """
+
+    path: Path
+    record: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Split":
+        """Open a split; FileNotFoundError if there is none, ValueError if its record is damaged."""
+        file = Path(path) / "split.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{path} holds no split.json; make a split with `training/data.py build`")
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            for part in PARTS:
+                record["parts"][part]["sha256"], record["source"][part]["labels_sha256"]
+            record["class_names"], record["data"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is damaged: {error!r}") from error
+        return cls(Path(path), record)
+
+    @classmethod
+    def write(
+        cls,
+        path: str | Path,
+        config: DataConfig,
+        source: Source,
+        rows: dict[str, np.ndarray],
+        with_pictures: bool = False,
+    ) -> "Split":
+        """Write a split, all of it or nothing.
+
+        Args:
+            path: directory that does not exist, or is empty.
+            config: by which the rows were chosen.
+            source: from which they were chosen.
+            rows: "train" and "test", ascending positions.
+            with_pictures: also copy the pictures, as parquet files that `datasets` and the Hub read.
+
+        Raises:
+            FileExistsError: the directory is in use.
+            FileNotFoundError: a picture that is to be copied is not there.
+        """
+        path = Path(path)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise FileExistsError(f"output {path} exists and is not an empty directory")
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".split-") as temporary:
+            work = Path(temporary) / "split"
+            work.mkdir()
+            record = describe(config, source, rows)
+            for part in PARTS:
+                (work / f"{part}_rows.txt").write_bytes(_lines(rows[part]))
+                if with_pictures:
+                    _write_parquet(work / "data", part, pictures_of(source, part).select(rows[part]))
+            text = json.dumps(record, indent=1, ensure_ascii=False)
+            (work / "split.json").write_text(text + "\n", encoding="utf-8")
+            if path.exists():
+                path.rmdir()
+            work.rename(path)
+        return cls(path, record)
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether the directory holds the pictures and not their positions alone."""
+        return (self.path / "data").is_dir()
+
+    def rows(self) -> dict[str, np.ndarray]:
+        """Positions of "train" and "test"; ValueError if a list is not the one of the record."""
+        rows = {}
+        for part in PARTS:
+            file = self.path / f"{part}_rows.txt"
+            if not file.is_file():
+                raise FileNotFoundError(f"{file} is missing")
+            content = file.read_bytes()
+            if hashlib.sha256(content).hexdigest() != self.record["parts"][part]["sha256"]:
+                raise ValueError(f"{file} was changed: its SHA-256 is not the one in split.json")
+            rows[part] = np.array(content.split(), np.int64)
+        return rows
+
+    def check(self, config: DataConfig, source: Source) -> None:
+        """Refuse another protocol or a source with other labels; ValueError names the differences."""
+        recorded = self.record["data"]
+        wanted = {key: getattr(config, key) for key in PROTOCOL}
+        different = [
+            f"data.{k} is {wanted[k]}, there {recorded.get(k)}" for k in PROTOCOL if wanted[k] != recorded.get(k)
+        ]
+        if different := different + self.differences(source):
+            raise ValueError(f"data.split {self.path} is another split: {'; '.join(different)}")
+
+    def differences(self, source: Source) -> list[str]:
+        """How a source differs from the one that the split was made of."""
+        names, found = self.record["class_names"], source.class_names
+        if set(names) != set(found):
+            only = {"the split": set(names) - set(found), "the source": set(found) - set(names)}
+            return [f"classes of {k} alone: {', '.join(sorted(v)[:5])} ({len(v)})" for k, v in only.items() if v]
+        if names != found:
+            c = next(c for c, pair in enumerate(zip(names, found, strict=True)) if pair[0] != pair[1])
+            return [f"the classes are in another order: class {c} is {found[c]} in the source, {names[c]} in the split"]
+        different = []
+        for part in PARTS:
+            labels, recorded = labels_of(pictures_of(source, part)), self.record["source"][part]
+            if len(labels) != recorded["images"]:
+                different.append(f"the source has {len(labels)} {part} pictures, the split's had {recorded['images']}")
+            elif _digest(labels) != recorded["labels_sha256"]:
+                different.append(f"the source has other labels than the split's, or in another order ({part} pictures)")
+        return different
+
+
+def describe(config: DataConfig, source: Source, rows: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What `split.json` says."""
+    parts = {}
+    for part in PARTS:
+        labels = labels_of(pictures_of(source, part))[rows[part]]
+        counts = np.bincount(labels, minlength=len(source.class_names)).tolist()
+        parts[part] = {"images": len(labels), "sha256": _digest(rows[part]), "class_counts": counts}
+    origin = {}
+    for part in PARTS:
+        labels = labels_of(pictures_of(source, part))
+        origin[part] = {"images": len(labels), "labels_sha256": _digest(labels)}
+    name = source.name if config.path is None or source.published else Path(config.path).resolve().name
+    return {
+        "protocol": protocol(config, source),
+        "data": {key: getattr(config, key) for key in (*PROTOCOL, *LAYOUT)},
+        "source": {"name": name, **origin},
+        "parts": parts,
+        "class_names": source.class_names,
+    }
+
+
+def protocol(config: DataConfig, source: Source) -> str:
+    """How the pictures were chosen: "cao-seed0", "cao-first", "as_is", or the name of a published benchmark."""
+    if source.published:
+        return source.name
+    if config.profile == "as_is" and config.test_fraction is None:
+        return "as_is"
+    return "cao-first" if config.split_seed == "first" else f"cao-seed{config.split_seed}"
+
+
+def pictures_of(source: Source, part: str) -> datasets.Dataset:
+    """The pictures that a part is chosen from."""
+    return source.train if part == "train" or source.test is None else source.test
+
+
+def compare_rows(stored: np.ndarray, computed: np.ndarray) -> str | None:
+    """How two ascending lists differ; None if they don't."""
+    if np.array_equal(stored, computed):
+        return None
+    only, missing = np.setdiff1d(stored, computed), np.setdiff1d(computed, stored)
+    first = [f"row {part[0]} {what}" for part, what in ((only, "is there"), (missing, "is missing")) if len(part)]
+    return f"{len(only)} rows that the protocol does not take, {len(missing)} missing; {', '.join(first)}"
+
+
+def raw(record: dict[str, Any]) -> bytes:
+    """A picture's file as it is stored; an OSError says that it can't be read."""
+    return record["bytes"] if record["bytes"] is not None else Path(record["path"]).read_bytes()
+
+
+def undecoded(pictures: datasets.Dataset) -> Iterator[dict[str, Any]]:
+    """The records of the image column, one after the other."""
+    for row in pictures.cast_column("image", datasets.Image(decode=False)):
+        yield row["image"]
+
+
+def _write_parquet(directory: Path, part: str, pictures: datasets.Dataset) -> None:
+    directory.mkdir(exist_ok=True)
+    shards = max(1, -(-len(pictures) // SHARD))
+    for i in range(shards):
+        shard = pictures.shard(shards, i, contiguous=True)
+        shard.to_parquet(directory / f"{part}-{i:05d}-of-{shards:05d}.parquet")
+
+
+def _lines(numbers: np.ndarray) -> bytes:
+    return "".join(f"{number}\n" for number in numbers.tolist()).encode()
+
+
+def _digest(numbers: np.ndarray) -> str:
+    return hashlib.sha256(_lines(numbers)).hexdigest()
