@@ -43,7 +43,7 @@ def read_class_folders(root: Path, config: DataConfig) -> tuple[dict[str, datase
     """
     parts = {"train": root / config.train_split, "test": root / config.test_split}
     if config.test_fraction is not None:
-        parts = {"train": parts["train"] if _folders(parts["train"]) else root}
+        parts = {"train": parts["train"] if _holds_classes(parts["train"]) else root}
     ignored = Counter()
     files = {}
     class_names = sorted({name for part in parts.values() for name in _folders(part)})
@@ -79,6 +79,11 @@ def read_class_folders(root: Path, config: DataConfig) -> tuple[dict[str, datase
         paths, labels = zip(*found, strict=True)
         splits[key] = pictures(paths, np.array(labels), class_names)
     return splits, class_names
+
+
+def _holds_classes(path: Path) -> bool:
+    """Whether a folder is a split, and not a class that is called like one."""
+    return bool(_folders(path)) and not any(p.suffix.lower() in ImageFolder.EXTENSIONS for p in path.glob("[!.]*.*"))
 
 
 def _folders(path: Path) -> list[str]:

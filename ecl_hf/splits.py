@@ -7,15 +7,20 @@ data/*.parquet   the pictures themselves, if asked for
 """
 
 import hashlib
+import io
 import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
+from datasets.table import embed_table_storage
+from PIL import Image, UnidentifiedImageError
 
 from ecl_hf.recipe import DataConfig
 from ecl_hf.sources import Source, labels_of
@@ -27,8 +32,8 @@ LAYOUT = ("subset", "train_split", "test_split", "image_column", "label_column")
 """Keys that say where in the source they are."""
 
 PARTS = ("train", "test")
-SHARD = 5000
-"""Pictures of one parquet file."""
+SHARD, ROW_GROUP = 5000, 100
+"""Pictures of one parquet file, and of the part of it that is read at once."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,8 @@ class Split:
             record = json.loads(file.read_text(encoding="utf-8"))
             for part in PARTS:
                 record["parts"][part]["sha256"], record["source"][part]["labels_sha256"]
-            record["class_names"], record["data"]
+            record["class_names"], record["protocol"], record["source"]["name"]
+            DataConfig(**record["data"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is damaged: {error!r}") from error
         return cls(Path(path), record)
@@ -117,6 +123,18 @@ class Split:
             rows[part] = np.array(content.split(), np.int64)
         return rows
 
+    def config(self, **where: str | None) -> DataConfig:
+        """The data section that repeats the split: `where` names its source (`source`, `path`, lists).
+
+        Raises:
+            ValueError: the split was made of a local directory, and nothing says where that is.
+        """
+        recorded = self.record["source"]
+        where = {key: value for key, value in where.items() if value is not None}
+        if recorded["local"] and not where:
+            raise ValueError(f"{self.path} was made of the local directory {recorded['name']}: name it in data.path")
+        return DataConfig(**{"source": recorded["name"]} | self.record["data"] | where)
+
     def check(self, config: DataConfig, source: Source) -> None:
         """Refuse another protocol or a source with other labels; ValueError names the differences."""
         recorded = self.record["data"]
@@ -161,9 +179,10 @@ def describe(config: DataConfig, source: Source, rows: dict[str, np.ndarray]) ->
     return {
         "protocol": protocol(config, source),
         "data": {key: getattr(config, key) for key in (*PROTOCOL, *LAYOUT)},
-        "source": {"name": name, **origin},
+        "source": {"name": name, "local": config.path is not None, **origin},
         "parts": parts,
         "class_names": source.class_names,
+        "made_with": f"ecl_hf {version('ecl-hf')}",
     }
 
 
@@ -190,23 +209,43 @@ def compare_rows(stored: np.ndarray, computed: np.ndarray) -> str | None:
     return f"{len(only)} rows that the protocol does not take, {len(missing)} missing; {', '.join(first)}"
 
 
-def raw(record: dict[str, Any]) -> bytes:
+def content(record: dict[str, Any]) -> bytes:
     """A picture's file as it is stored; an OSError says that it can't be read."""
     return record["bytes"] if record["bytes"] is not None else Path(record["path"]).read_bytes()
 
 
-def undecoded(pictures: datasets.Dataset) -> Iterator[dict[str, Any]]:
-    """The records of the image column, one after the other."""
-    for row in pictures.cast_column("image", datasets.Image(decode=False)):
+def records(pictures: datasets.Dataset) -> Iterator[dict[str, Any]]:
+    """The image column as it is stored: `bytes`, `path`."""
+    for row in pictures.cast_column("image", datasets.Image(decode=False)).select_columns("image"):
         yield row["image"]
 
 
+def defect(record: dict[str, Any]) -> str | None:
+    """Why a picture can't be decoded; None if it can."""
+    try:
+        file = content(record)
+        if not file:
+            return "empty file"
+        with Image.open(io.BytesIO(file)) as image:
+            image.load()
+    except UnidentifiedImageError:
+        return "no picture, or of an unknown format"
+    except Exception as error:  # decoders raise what they like
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
 def _write_parquet(directory: Path, part: str, pictures: datasets.Dataset) -> None:
+    """Copy pictures file by file, without decoding; of their paths the names remain."""
     directory.mkdir(exist_ok=True)
+    pictures = pictures.cast_column("image", datasets.Image())
     shards = max(1, -(-len(pictures) // SHARD))
     for i in range(shards):
-        shard = pictures.shard(shards, i, contiguous=True)
-        shard.to_parquet(directory / f"{part}-{i:05d}-of-{shards:05d}.parquet")
+        file = directory / f"{part}-{i:05d}-of-{shards:05d}.parquet"
+        batches = pictures.shard(shards, i, contiguous=True).with_format("arrow").iter(ROW_GROUP)
+        with pq.ParquetWriter(file, pictures.features.arrow_schema) as writer:
+            for batch in batches:
+                writer.write_table(embed_table_storage(batch))
 
 
 def _lines(numbers: np.ndarray) -> bytes:

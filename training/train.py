@@ -220,8 +220,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
     )
     if accelerator.is_main_process:
         recorded = asdict(recipe)
-        if recipe.data.path:
-            recorded["data"]["path"] = Path(recipe.data.path).resolve().name  # where it lies is this machine's affair
+        for key in ("path", "train_list", "test_list", "split"):
+            if recorded["data"][key]:
+                recorded["data"][key] = (
+                    Path(recorded["data"][key]).resolve().name
+                )  # where it lies is this machine's affair
         results = {
             "method": recipe.method,
             "seed": recipe.seed,
