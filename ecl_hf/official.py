@@ -22,7 +22,7 @@ from timm.data import ImageNetInfo
 
 from ecl_hf.folders import TABLES, pictures
 from ecl_hf.recipe import DataConfig
-from ecl_hf.sources import Source, directory, labels_of, read_splits, with_labels
+from ecl_hf.sources import Source, directory, labels_of, read_splits
 
 CIFAR = {
     "bb3914949cecedee6d1257f7f5fdb8f43fa3b2c8095fd1763161caf1b873fe59": ("CIFAR-10", 5000, 1000),
@@ -222,8 +222,10 @@ def _match(split: datasets.Dataset, part: PictureList, names: list[str], config:
             f"{config.path or config.source}: {', '.join(missing[:5])}. Where file names did not survive, use "
             "data.source ILSVRC/imagenet-1k with data.profile pareto, which has similar counts"
         )
-    chosen = split.select_columns(image).rename_column(image, "image").select(rows.to_numpy())
-    return with_labels(chosen, part.labels, names)
+    labels = np.zeros(len(split), np.int64)
+    labels[rows.to_numpy()] = part.labels
+    named = split.select_columns([image]).rename_columns({image: "image"})
+    return named.add_column("label", labels, feature=datasets.ClassLabel(names=names)).select(rows.to_numpy())
 
 
 def _base_names(paths: pa.Array) -> pa.Array:

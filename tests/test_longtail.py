@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ecl_hf.longtail import exponential_counts, longtail_indices, pareto_counts
+from ecl_hf.longtail import exponential_counts, held_out_counts, longtail_indices, pareto_counts
 from ecl_hf.metrics import shot_groups
 
 
@@ -178,3 +178,24 @@ def test_arguments_and_global_generator_are_left_alone():
 def test_indices_refuse(labels, counts, message):
     with pytest.raises(ValueError, match=message):
         longtail_indices(labels, counts)
+
+
+def test_first_takes_each_class_in_source_order():
+    labels = shuffled_labels(5, 40)
+    counts = [7, 0, 40, 1, 3]
+    expected = [row for c in range(5) for row in [i for i, label in enumerate(labels) if label == c][: counts[c]]]
+    assert longtail_indices(labels, counts, "first").tolist() == expected
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.25, 0.5, 0.99])
+def test_every_class_is_held_out_in_part(fraction):
+    available = np.arange(60)
+    held_out = held_out_counts(available, fraction)
+    for n, found in zip(available.tolist(), held_out.tolist(), strict=True):
+        assert found == (0 if n < 2 else min(max(round(n * fraction), 1), n - 1))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
+def test_held_out_fraction_is_checked(fraction):
+    with pytest.raises(ValueError, match=r"in \(0, 1\)"):
+        held_out_counts([5, 5], fraction)
