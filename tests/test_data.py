@@ -35,7 +35,7 @@ def picture(value):
 
 
 def numbers(split):
-    return [image.getpixel((0, 0))[0] for image in split["image"]]
+    return [image.getpixel((0, 0))[0] for image in split.cast_column("image", datasets.Image())["image"]]
 
 
 def features(label=None, image_name="img", label_name="label", **more):
