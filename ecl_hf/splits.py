@@ -86,9 +86,7 @@ class Split:
             FileExistsError: the directory is in use.
             FileNotFoundError: a picture that is to be copied is not there.
         """
-        path = Path(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise FileExistsError(f"output {path} exists and is not an empty directory")
+        path = check_output(path)
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".split-") as temporary:
             work = Path(temporary) / "split"
@@ -162,6 +160,14 @@ class Split:
             elif _digest(labels) != recorded["labels_sha256"]:
                 different.append(f"the source has other labels than the split's, or in another order ({part} pictures)")
         return different
+
+
+def check_output(path: str | Path) -> Path:
+    """The path, if a split can be written there; FileExistsError if something is there."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"output {path} exists and is not an empty directory")
+    return path
 
 
 def describe(config: DataConfig, source: Source, rows: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from ecl_hf.metrics import shot_groups
 from ecl_hf.modeling_ecl import add_advice
 from ecl_hf.recipe import DataConfig, Recipe
 from ecl_hf.sources import labels_of, read_source
-from ecl_hf.splits import PARTS, Split, compare_rows, content, defect, pictures_of, records
+from ecl_hf.splits import PARTS, Split, check_output, compare_rows, content, defect, pictures_of, records
 
 CARD = Path(__file__).resolve().parents[1] / "hub_cards" / "dataset_card.md"
 
@@ -78,6 +78,7 @@ def build(args: Namespace, config: DataConfig) -> Split:
     """Choose the pictures and write the split."""
     if config.split is not None:
         raise ValueError("data.split names a split that is built already")
+    check_output(args.output)
     source = load_source(config)
     split = Split.write(args.output, config, source, choose_rows(config, source), args.pictures)
     for part in PARTS:
@@ -116,9 +117,8 @@ def verify(args: Namespace) -> None:
             sys.exit(f"error: the {part} pictures in {split.path}/data are not those of {part}_rows.txt: other labels")
         pairs = zip(records(pictures), records(originals) if stored else repeat(None), strict=False)
         for row, (record, original) in enumerate(tqdm(pairs, part, len(pictures), leave=False)):
-            where = (
-                f"{part} row {row} (source row {rows[part][row]}){', ' if record['path'] else ''}{record['path'] or ''}"
-            )
+            file = (original or record)["path"]
+            where = f"{part} row {row} (source row {rows[part][row]})" + (f", {file}" if file else "")
             if reason := defect(record):
                 broken += 1
                 tqdm.write(f"broken: {where}: {reason}")
