@@ -1,5 +1,6 @@
 """Picture files as data sets, and trees of class folders."""
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -13,8 +14,9 @@ from torchvision.datasets.folder import make_dataset
 
 from ecl_hf.recipe import DataConfig
 
-TABLES = ("*.parquet", "*.arrow", "*.zip", "*.tar", "*.tar.gz", "*.tgz", "metadata.csv", "metadata.jsonl")
-"""Files whose presence says that a directory is no bare tree of class folders."""
+PICTURES = frozenset(ImageFolder.EXTENSIONS)
+TABLES = (".parquet", ".arrow", "metadata.csv", "metadata.jsonl")
+"""Endings of files that say themselves what the classes are."""
 
 
 def pictures(files: Sequence[str], labels: np.ndarray, class_names: Sequence[str]) -> datasets.Dataset:
@@ -26,51 +28,58 @@ def pictures(files: Sequence[str], labels: np.ndarray, class_names: Sequence[str
     return datasets.Dataset(datasets.table.InMemoryTable(table), datasets.DatasetInfo(features=features))
 
 
-def is_class_folders(root: Path) -> bool:
-    """Whether a directory is a bare tree of class folders, which needs no table to say what the classes are."""
-    folders = [entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    return bool(folders) and not any(next(place.glob(kind), None) for place in (root, *folders) for kind in TABLES)
+def holds(root: Path, endings: tuple[str, ...]) -> bool:
+    """Whether a directory or a folder in it has files with these endings."""
+    places = [root, *(root / name for name in _folders(root))]
+    names = [entry.name for place in places for entry in os.scandir(place)]
+    return any(name.endswith(endings) for name in names)
 
 
-def read_class_folders(root: Path, config: DataConfig) -> tuple[dict[str, datasets.Dataset], list[str]]:
+def read_class_folders(root: Path, config: DataConfig) -> tuple[dict[str, datasets.Dataset], list[str]] | None:
     """Read ROOT/<split>/<class>/..., or ROOT/<class>/... where a part of each class is held out for testing.
 
     The folder below the split is the class, at whatever depth the pictures lie in it. Classes and pictures are sorted
     by name. Hidden files and folders are left out; what is no picture by its suffix is left out with a warning.
 
     Returns:
-        "train" and, unless `test_fraction` is set, "test"; the class names.
+        "train" and, unless `test_fraction` is set, "test", with the class names; None if there are no such pictures,
+        or tables that say more about them.
+
+    Raises:
+        ValueError: a split has no pictures, or there is a single class.
     """
+    if holds(root, TABLES):
+        return None
     parts = {"train": root / config.train_split, "test": root / config.test_split}
     if config.test_fraction is not None:
-        parts = {"train": parts["train"] if _holds_classes(parts["train"]) else root}
-    ignored = Counter()
-    files = {}
-    class_names = sorted({name for part in parts.values() for name in _folders(part)})
+        parts = {"train": parts["train"] if _is_split(parts["train"]) else root}
+    there = {key: _folders(part) for key, part in parts.items()}
+    class_names = sorted(set().union(*there.values()))
+    files, ignored = {}, Counter()
     for key, part in parts.items():
 
-        def is_picture(file: str, part: Path = part) -> bool:
-            path = Path(file)
-            if any(name.startswith(".") for name in path.relative_to(part).parts):
+        def is_picture(file: str, start: int = len(str(part))) -> bool:
+            if f"{os.sep}." in file[start:]:
                 return False
-            known = path.suffix.lower() in ImageFolder.EXTENSIONS
-            ignored.update([] if known else [path.suffix or path.name])
+            known = _suffix(file) in PICTURES
+            ignored.update([] if known else [_suffix(file)])
             return known
 
-        there = set(_folders(part))
-        numbers = {name: c for c, name in enumerate(class_names) if name in there}
+        numbers = {name: c for c, name in enumerate(class_names) if name in set(there[key])}
         files[key] = make_dataset(part, numbers, is_valid_file=is_picture, allow_empty=True) if numbers else []
     if not any(files.values()):
-        raise FileNotFoundError(
-            f"data.path {root} has no pictures in {' and '.join(str(part) for part in parts.values())}"
-        )
+        return None
     for key, part in parts.items():
         if not files[key]:
-            there = ", ".join(_folders(root)[:10])
             raise ValueError(
-                f"{root} has no split {part.name!r} (data.{key}_split); it has {there}; "
+                f"{root} has no split {part.name!r} (data.{key}_split); it has {', '.join(_folders(root)[:10])}; "
                 "data.test_fraction cuts a test split from the training pictures"
             )
+    if len(class_names) == 1:
+        raise ValueError(
+            f"{parts['train']} has one class folder, {class_names[0]!r}: a table that names the classes must be called "
+            "metadata.csv and have a column file_name"
+        )
     if ignored:
         kinds = ", ".join(f"{kind} ({count})" for kind, count in ignored.most_common(5))
         warnings.warn(f"{root}: {ignored.total()} files are no pictures by their suffix: {kinds}", stacklevel=2)
@@ -81,12 +90,17 @@ def read_class_folders(root: Path, config: DataConfig) -> tuple[dict[str, datase
     return splits, class_names
 
 
-def _holds_classes(path: Path) -> bool:
+def _suffix(file: str) -> str:
+    name = file.rpartition(os.sep)[2]
+    return f".{name.rpartition('.')[2].lower()}" if "." in name else name
+
+
+def _is_split(path: Path) -> bool:
     """Whether a folder is a split, and not a class that is called like one."""
-    return bool(_folders(path)) and not any(p.suffix.lower() in ImageFolder.EXTENSIONS for p in path.glob("[!.]*.*"))
+    return bool(_folders(path)) and not any(_suffix(entry.name) in PICTURES for entry in path.iterdir())
 
 
 def _folders(path: Path) -> list[str]:
     if not path.is_dir():
         return []
-    return sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))

@@ -1,13 +1,12 @@
 """Published long-tailed benchmarks: their lists over the user's pictures, and the counts that they must have.
 
-`official_counts.json` holds the training pictures of each class in label order: ImageNet-LT and Places-LT of Liu et al.
-(2019) as in the lists of facebookresearch/classifier-balancing, iNaturalist 2018 as in its training JSON.
+`official_counts.json` holds the training pictures of each class in label order. They were counted in lists on GitHub:
+ImageNet-LT (Liu et al. 2019) in dialogueeeeee/LTGC, Places-LT (the same) in facebookresearch/classifier-balancing,
+iNaturalist 2018 in richardaecn/tpu. The test lists have equally many pictures of every class.
 """
 
 import hashlib
 import json
-import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,7 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from timm.data import ImageNetInfo
 
-from ecl_hf.folders import TABLES, pictures
+from ecl_hf.folders import holds, pictures
+from ecl_hf.picture_lists import PictureList, distinct, find_list, locate, read_list
 from ecl_hf.recipe import DataConfig
 from ecl_hf.sources import Source, directory, labels_of, read_splits
 
@@ -56,16 +56,6 @@ class Benchmark:
     flat: bool = False
 
 
-@dataclass(frozen=True)
-class PictureList:
-    """One list: file, paths in it, labels [N], and class names if it has them."""
-
-    file: Path
-    paths: list[str]
-    labels: np.ndarray
-    class_names: list[str] | None
-
-
 def load_official(benchmark: Benchmark, config: DataConfig) -> Source:
     """Join a benchmark's lists with the pictures; opens none of them.
 
@@ -81,15 +71,15 @@ def load_official(benchmark: Benchmark, config: DataConfig) -> Source:
     root = directory(config) if config.path else None
     if root is None and benchmark.hub is None:
         raise ValueError(f"data.source {benchmark.name} needs data.path, the directory with its pictures")
-    train = read_list(_find(root, config.train_list, benchmark.train_lists, "data.train_list"))
-    test = read_list(_find(root, config.test_list, benchmark.test_lists, "data.test_list"))
-    names = train.class_names or _distinct(_names_by_path(train, benchmark))
+    train = read_list(find_list(root, config.train_list, benchmark.train_lists, "data.train_list"))
+    test = read_list(find_list(root, config.test_list, benchmark.test_lists, "data.test_list"))
+    names = train.class_names or distinct(_names_by_path(train, benchmark))
     check_counts(train, benchmark.train_counts, names)
     check_counts(test, [benchmark.test_count] * len(benchmark.train_counts), names)
     if test.class_names not in (None, train.class_names):
         raise ValueError(f"{test.file} has other categories than {train.file}")
-    if root and not any(next(root.glob(f"{depth}{kind}"), None) for depth in ("", "*/") for kind in TABLES[:2]):
-        splits = [pictures(_locate(root, part, benchmark.flat), part.labels, names) for part in (train, test)]
+    if root and not holds(root, (".parquet",)):
+        splits = [pictures(locate(root, part, benchmark.flat), part.labels, names) for part in (train, test)]
     else:
         stored, _ = read_splits(config if root else replace(config, source=benchmark.hub))
         splits = [_match(stored[key], part, names, config) for key, part in (("train", train), ("test", test))]
@@ -129,87 +119,6 @@ def check_cifar(source: Source) -> None:
             )
 
 
-def read_list(file: Path) -> PictureList:
-    """Read lines "path label", or JSON with `images`, `annotations` and `categories`; ValueError: a wrong entry."""
-    try:
-        text = file.read_text(encoding="utf-8")
-        return _read_json(file, json.loads(text)) if file.suffix == ".json" else _read_lines(file, text)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no text file: {error}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-
-
-def _read_lines(file: Path, text: str) -> PictureList:
-    paths, labels = [], []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        path, _, label = line.strip().rpartition(" ")
-        if not path or not label.isdecimal():
-            raise ValueError(f"{file}, line {number}: expected a path and a label, got {line[:80]!r}")
-        paths.append(path.strip())
-        labels.append(int(label))
-    if not paths:
-        raise ValueError(f"{file} lists no pictures")
-    return PictureList(file, paths, np.array(labels), None)
-
-
-def _read_json(file: Path, content: dict) -> PictureList:
-    try:
-        categories = {entry["id"]: entry["name"] for entry in content["categories"]}
-        number = {category: c for c, category in enumerate(sorted(categories))}
-        label = {entry["image_id"]: number[entry["category_id"]] for entry in content["annotations"]}
-        paths = [entry["file_name"] for entry in content["images"]]
-        labels = np.array([label[entry["id"]] for entry in content["images"]], np.int64)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{file}: an image, annotation or category lacks or does not know {error}") from error
-    if len(content["annotations"]) != len(paths):
-        raise ValueError(f"{file} has {len(content['annotations'])} annotations for {len(paths)} images")
-    return PictureList(file, paths, labels, _distinct([str(categories[category]) for category in sorted(categories)]))
-
-
-def _find(root: Path | None, given: str | None, names: Sequence[str], flag: str) -> Path:
-    """The list that was named, or the one with a published name in the directory or a folder of it."""
-    if given is not None:
-        if not Path(given).is_file():
-            raise FileNotFoundError(f"{flag} {given} is not a file")
-        return Path(given)
-    found = [path for name in names for place in ("", "*/") for path in sorted(root.glob(place + name))] if root else []
-    if len(found) != 1:
-        seen = ", ".join(map(str, found)) or "none"
-        raise FileNotFoundError(f"{flag}: name the published list, {' or '.join(names)}; found in data.path: {seen}")
-    return found[0]
-
-
-def _locate(root: Path, part: PictureList, flat: bool) -> list[str]:
-    """Where the pictures of a list are; each folder is read once."""
-
-    @cache
-    def content(folder: str) -> frozenset[str]:
-        try:
-            return frozenset(os.listdir(root / folder))  # noqa: PTH208 (names alone: a million Path objects are slow)
-        except (FileNotFoundError, NotADirectoryError):
-            return frozenset()
-
-    found, missing = [], []
-    for path in part.paths:
-        folder, _, name = path.rpartition("/")
-        higher = folder.rpartition("/")[0]
-        if name in content(folder):
-            found.append(f"{root}/{path}")
-        elif flat and name in content(higher):
-            found.append(f"{root}/{higher}/{name}")
-        else:
-            missing.append(path)
-    if missing:
-        first = ", ".join(missing[:5])
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(part.paths)} pictures in {part.file} are not in {root}: {first}"
-        )
-    return found
-
-
 def _match(split: datasets.Dataset, part: PictureList, names: list[str], config: DataConfig) -> datasets.Dataset:
     """The rows of a stored split whose file names are those of a list, in its order, with its labels."""
     image = config.image_column or "image"
@@ -236,12 +145,6 @@ def _base_names(paths: pa.Array) -> pa.Array:
 def _names_by_path(part: PictureList, benchmark: Benchmark) -> list[str]:
     first = dict(zip(reversed(part.labels.tolist()), reversed(part.paths), strict=True))
     return [benchmark.class_name(first[c]) if c in first else str(c) for c in range(len(benchmark.train_counts))]
-
-
-def _distinct(names: list[str]) -> list[str]:
-    """Names that occur twice get their label behind them."""
-    often = Counter(names)
-    return [name if often[name] == 1 else f"{name} ({c})" for c, name in enumerate(names)]
 
 
 @cache

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets.packaged_modules.parquet.parquet import Parquet
 
-from ecl_hf.folders import is_class_folders, read_class_folders
+from ecl_hf.folders import read_class_folders
 from ecl_hf.longtail import longtail_indices
 from ecl_hf.recipe import DataConfig
 
@@ -47,10 +47,11 @@ def read_source(config: DataConfig) -> Source:
     """
     name = config.path or config.source
     if config.path is None and name == "digits":
+        if config.test_fraction is not None:
+            raise ValueError("the digits have a test split of their own: leave data.test_fraction out")
         return Source(name, *_digits().values(), class_names=[str(c) for c in range(10)])
-    root = directory(config) if config.path else None
-    if root and is_class_folders(root):
-        splits, class_names = read_class_folders(root, config)
+    if config.path and (found := read_class_folders(directory(config), config)):
+        splits, class_names = found
         return Source(name, splits["train"], splits.get("test"), class_names)
     loaded, stored = read_splits(config)
     image, label = _columns(loaded["train"].features, config, name)
@@ -126,7 +127,7 @@ def _reading(name: str) -> Iterator[None]:
     """Say which data set it is that can't be read, and why."""
     try:
         yield
-    except (datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DataFilesNotFoundError, ConnectionError) as e:
+    except (FileNotFoundError, ConnectionError) as e:
         raise FileNotFoundError(f"can't load the data set {name}: {e}") from e
     except (datasets.exceptions.DatasetsError, RuntimeError, ValueError) as e:  # scripts, damaged or empty files
         advice = "; set data.subset" if "Config name is missing" in str(e) else ""

@@ -116,8 +116,14 @@ def test_what_lies_around_in_folders(tmp_path):
         ({"train/ant": 6, "train/bee": 0, "test/ant": 1}, {}, ValueError, "no training image of 1 classes: bee$"),
         ({"ant": 6, "bee": 0}, {"test_fraction": 0.2}, ValueError, "no training image of 1 classes: bee$"),
         ({"train/ant": 6}, {}, ValueError, r"no split 'test' \(data\.test_split\); it has train; data\.test_fraction"),
-        ({"ant": 6, "bee": 6}, {}, FileNotFoundError, "has no pictures in .*train and .*test"),
-        ({"ant": 0}, {"test_fraction": 0.2}, FileNotFoundError, "data.path .* has no pictures"),
+        (
+            {"ant": 6, "bee": 6},
+            {},
+            ValueError,
+            r"no split 'test' \(data\.test_split\); it has train; data\.test_fraction",
+        ),
+        ({"ant": 0}, {"test_fraction": 0.2}, FileNotFoundError, "can't load the data set"),
+        ({"images": 6}, {"test_fraction": 0.2}, ValueError, r"one class folder, 'images': .* metadata\.csv"),
     ],
 )
 def test_folders_that_lack_something(folders, options, error, said, tmp_path):
