@@ -22,7 +22,7 @@ class LongTailedData:
 
     Attributes:
         train: the pictures that the protocol keeps, in source order.
-        test: all pictures of the test split.
+        test: all pictures of the test split, or those that were held out.
         class_counts: training images of each class, [C].
         class_names: in label order, [C].
     """

@@ -92,10 +92,10 @@ def check_counts(part: PictureList, expected: Sequence[int], names: Sequence[str
     wrong = [c for c, (n, m) in enumerate(zip_longest(found, expected, fillvalue=0)) if n != m]
     if wrong:
         c = wrong[0]
-        is_, should = (int(counts[c]) if c < len(counts) else 0 for counts in (found, expected))
+        has, should = (int(counts[c]) if c < len(counts) else 0 for counts in (found, expected))
         name = f" ({names[c]})" if c < len(names) else ""
         raise ValueError(
-            f"{part.file}: class {c}{name} has {is_} pictures, but {should} in the published list; {len(wrong)} such "
+            f"{part.file}: class {c}{name} has {has} pictures, but {should} in the published list; {len(wrong)} such "
             f"classes, and {len(part.labels)} of {sum(expected)} pictures. Fetch the published list again, or make "
             "class folders for a selection of your own"
         )

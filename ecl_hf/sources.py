@@ -27,7 +27,7 @@ class Source:
         train: pictures to choose from.
         test: pictures of the test split; None where it is to be cut from `train`.
         class_names: in label order, [C].
-        published: whether it is a published long-tailed benchmark, whose counts were checked.
+        published: whether it is a long-tailed benchmark whose list was checked against the published counts.
     """
 
     name: str
@@ -105,9 +105,10 @@ def read_splits(config: DataConfig) -> tuple[dict[str, datasets.Dataset], dict[s
     name = config.path or config.source
     wanted = {"train": config.train_split} | ({} if config.test_fraction is not None else {"test": config.test_split})
     stored = {}
-    if config.path and (Path(name) / "dataset_dict.json").is_file():
+    if config.path and any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):
         with _reading(name):
-            loaded = datasets.load_from_disk(name)
+            saved = datasets.load_from_disk(name)
+        loaded = saved if isinstance(saved, dict) else {config.train_split: saved}
     else:
         with _reading(name):
             builder = datasets.load_dataset_builder(str(Path(name).resolve()) if config.path else name, config.subset)

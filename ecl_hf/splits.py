@@ -109,7 +109,7 @@ class Split:
         return (self.path / "data").is_dir()
 
     def rows(self) -> dict[str, np.ndarray]:
-        """Positions of "train" and "test"; ValueError if a list is not the one of the record."""
+        """Ascending positions of "train" and "test"; ValueError if a list is damaged, or not that of the record."""
         rows = {}
         for part in PARTS:
             file = self.path / f"{part}_rows.txt"
@@ -118,7 +118,12 @@ class Split:
             content = file.read_bytes()
             if hashlib.sha256(content).hexdigest() != self.record["parts"][part]["sha256"]:
                 raise ValueError(f"{file} was changed: its SHA-256 is not the one in split.json")
-            rows[part] = np.array(content.split(), np.int64)
+            listed, images = content.split(), self.record["source"][part]["images"]
+            if not all(line.isdigit() for line in listed):
+                raise ValueError(f"{file} has lines that are no positions")
+            rows[part] = np.array(listed, np.int64)
+            if np.any(np.diff(rows[part]) <= 0) or np.any(rows[part] >= images):
+                raise ValueError(f"{file}: positions must ascend, and be less than the source's {images} pictures")
         return rows
 
     def config(self, **where: str | None) -> DataConfig:
@@ -131,7 +136,9 @@ class Split:
         where = {key: value for key, value in where.items() if value is not None}
         if recorded["local"] and not where:
             raise ValueError(f"{self.path} was made of the local directory {recorded['name']}: name it in data.path")
-        return DataConfig(**{"source": recorded["name"]} | self.record["data"] | where)
+        if not recorded["local"] or self.record["protocol"] == recorded["name"]:  # a published list over local pictures
+            where = {"source": recorded["name"]} | where
+        return DataConfig(**self.record["data"], **where)
 
     def check(self, config: DataConfig, source: Source) -> None:
         """Refuse another protocol or a source with other labels; ValueError names the differences."""

@@ -263,6 +263,8 @@ def test_data_set_saved_to_disk(tmp_path):
     data = load_longtailed(as_is(tmp_path / "data"))
     assert values(data.train) == list(range(11, 1, -1))
     assert list(data.train["label"]) == [1, 0] * 5
+    full.save_to_disk(tmp_path / "single")
+    assert load_longtailed(as_is(tmp_path / "single", test_fraction=0.16)).class_counts == [5, 5]
 
 
 def test_first_images_in_source_order(tmp_path):

@@ -143,14 +143,50 @@ def test_run_takes_the_rows_of_the_split(config, tmp_path):
     assert values(named.train) == values(computed.train)
     assert named.class_counts == computed.class_counts
     # Another list under the same protocol, as somebody else's tools may have made it: it is taken, not computed.
-    rows = "".join(f"{row}\n" for row in range(15))
-    (split.path / "train_rows.txt").write_text(rows)
-    record = json.loads((split.path / "split.json").read_text())
-    record["parts"]["train"]["sha256"] = hashlib.sha256(rows.encode()).hexdigest()
-    (split.path / "split.json").write_text(json.dumps(record))
+    replace_list(split, "".join(f"{row}\n" for row in range(15)))
     theirs = load_longtailed(replace(config, split=str(split.path)))
     assert values(theirs.train) == list(range(15))
     assert theirs.class_counts == [12, 3, 0]
+
+
+def replace_list(split, text):
+    """Put another list and its digest in the place of the training list."""
+    (split.path / "train_rows.txt").write_text(text)
+    record = json.loads((split.path / "split.json").read_text())
+    record["parts"]["train"]["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (split.path / "split.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("1\ntwo\n", "lines that are no positions"),
+        ("1\n-2\n", "lines that are no positions"),
+        ("1\n3\n2\n", "must ascend"),
+        ("1\n1\n", "must ascend"),
+        ("1\n31\n", "less than the source's 31 pictures"),
+    ],
+)
+def test_senseless_list(text, said, config, tmp_path):
+    split = build(config, tmp_path / "split")
+    replace_list(split, text)
+    with pytest.raises(ValueError, match=rf"train_rows\.txt.*{said}"):
+        Split.read(split.path).rows()
+
+
+def test_where_the_source_is(config, tmp_path):
+    split = build(config, tmp_path / "split")
+    with pytest.raises(ValueError, match=r"made of the local directory source: name it in data\.path"):
+        split.config(path=None)
+    assert split.config(path="/elsewhere") == replace(config, path="/elsewhere")
+    for record, source in (
+        ({"protocol": "cao-seed0", "name": "uoft-cs/cifar10", "local": False}, "uoft-cs/cifar10"),
+        ({"protocol": "cao-seed0", "name": "imagenet_lt", "local": True}, DataConfig().source),  # a folder of that name
+        ({"protocol": "imagenet_lt", "name": "imagenet_lt", "local": True}, "imagenet_lt"),
+    ):
+        split.record["protocol"] = record.pop("protocol")
+        split.record["source"] |= record
+        assert split.config(path="/elsewhere").source == source
 
 
 @pytest.mark.parametrize(
