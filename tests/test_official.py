@@ -152,6 +152,18 @@ def test_lost_file_names_are_said_with_a_way_out(tmp_path):
         load_longtailed(config(tmp_path / "imagenet-1k", **options))
 
 
+def test_pictures_of_the_hub(hub, tmp_path, monkeypatch):
+    train, test, options = write_parquet(tmp_path / "imagenet-1k", lambda path: Path(path).name)
+    datasets.load_dataset(str(tmp_path / "imagenet-1k")).push_to_hub("owner/imagenet")
+    benchmark = dataclasses.replace(BENCHMARKS["imagenet_lt"], hub="owner/imagenet")
+    monkeypatch.setitem(BENCHMARKS, "imagenet_lt", benchmark)
+    data = load_longtailed(config(None, **options | {"path": None}))
+    for split, entries in ((data.train, train), (data.test, test)):
+        stored = split.cast_column("image", datasets.Image(decode=False))["image"]
+        assert [(row["bytes"].decode(), label) for row, label in zip(stored, split["label"], strict=True)] == entries
+    assert hub.requests("GET", "imagenet")
+
+
 def drop_line(root):
     file = root / "ImageNet_LT_train.txt"
     file.write_text("".join(line for line in file.read_text().splitlines(True) if "n02012849_11" not in line))

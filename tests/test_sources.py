@@ -297,3 +297,18 @@ def test_labels_are_read_without_pictures(tmp_path):
         file.write_bytes(b"")
     data = load_longtailed(as_is(root, test_fraction=0.2))
     assert labels_of(data.train).tolist() == [0] * 5 + [1] * 5
+
+
+@pytest.mark.usefixtures("hub")
+def test_subset_of_a_repository():
+    columns = datasets.Features({"image": datasets.Image(), "label": class_label("ant", "bee")})
+    for subset, count in (("large", 20), ("small", 12)):
+        rows = {"image": [picture(i) for i in range(count)], "label": [0, 1] * (count // 2)}
+        full = datasets.Dataset.from_dict(rows, columns)
+        datasets.DatasetDict({"train": full, "test": full.select([0, 1])}).push_to_hub("owner/bugs", subset)
+    with pytest.raises(ValueError, match=r"(?s)owner/bugs: .*'large', 'small'.*; set data\.subset"):
+        load_longtailed(DataConfig(source="owner/bugs", profile="as_is"))
+    data = load_longtailed(DataConfig(source="owner/bugs", subset="small", profile="as_is"))
+    assert data.class_counts == [6, 6]
+    with pytest.raises(ValueError, match="'tiny'"):
+        load_longtailed(DataConfig(source="owner/bugs", subset="tiny", profile="as_is"))
