@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ecl_hf.configuration_ecl import ECLConfig
 from ecl_hf.metrics import shot_groups
-from ecl_hf.modeling_ecl import ECLCosineHead, ECLForImageClassification, add_advice, upload_directory
+from ecl_hf.modeling_ecl import ECLCosineHead, ECLForImageClassification, explain_hub_errors, upload_directory
 
 METRICS = {
     "top1": ("accuracy", "Top-1 accuracy"),
@@ -257,7 +257,7 @@ def check_upload(repo_id: str, private: bool | None = None) -> None:
     Raises:
         HfHubHTTPError: the Hub refused; the message says what to do.
     """
-    with add_advice(repo_id):
+    with explain_hub_errors(repo_id):
         HfApi().create_repo(repo_id, private=private, exist_ok=True)
 
 

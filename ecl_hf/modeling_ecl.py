@@ -353,7 +353,7 @@ def short_card(config: ECLConfig, tags: Sequence[str] = ()) -> ModelCard:
 
 
 @contextmanager
-def add_advice(repo_id: str) -> Iterator[None]:
+def explain_hub_errors(repo_id: str) -> Iterator[None]:
     """Let an error of the Hub say what to do; a failed connection is a ConnectionError, whatever library reports it."""
     try:
         yield
@@ -365,7 +365,7 @@ def add_advice(repo_id: str) -> Iterator[None]:
     except (OSError, ValueError):
         raise
     except Exception as error:
-        raise ConnectionError(f"can't reach the Hub to write to {repo_id}: {error}") from error
+        raise ConnectionError(f"the connection to the Hub failed ({repo_id}): {error}; try again") from error
 
 
 def upload_directory(
@@ -397,7 +397,7 @@ def upload_directory(
         HfHubHTTPError: the Hub refused; the message says what to do.
     """
     api = HfApi(token=token)
-    with add_advice(repo_id):
+    with explain_hub_errors(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -421,7 +421,8 @@ def _read_experts(
     wrong = [k for k in experts if k not in range(num_experts)]
     if wrong or not experts or len(set(experts)) < len(experts):
         raise ValueError(f"experts={list(experts)} must name different experts out of 0..{num_experts - 1} of {source}")
-    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    with explain_hub_errors(source):
+        index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
     names = {k: [SAFE_WEIGHTS_NAME] for k in experts}
     if index:
         weight_map = _read_index(index, source)
@@ -431,7 +432,8 @@ def _read_experts(
     if empty := [k for k in experts if not names[k]]:
         raise ValueError(f"{source} has {SAFE_WEIGHTS_INDEX_NAME}, but it names no weights of expert {empty[0]}")
     wanted = sorted({name for files in names.values() for name in files})
-    paths = dict(zip(wanted, cached_files(source, wanted, **hub), strict=True))
+    with explain_hub_errors(source):
+        paths = dict(zip(wanted, cached_files(source, wanted, **hub), strict=True))
     state = {}
     for position, k in enumerate(experts):
         for name in names[k]:
