@@ -49,9 +49,12 @@ def read_source(config: DataConfig) -> Source:
     if config.path is None and name == "digits":
         if config.test_fraction is not None:
             raise ValueError("the digits have a test split of their own: leave data.test_fraction out")
-        return Source(name, *_digits().values(), class_names=[str(c) for c in range(10)])
+        splits = _digits()
+        _columns(splits["train"].features, config, name)
+        return Source(name, *splits.values(), class_names=[str(c) for c in range(10)])
     if config.path and (found := read_class_folders(directory(config), config)):
         splits, class_names = found
+        _columns(splits["train"].features, config, name)
         return Source(name, splits["train"], splits.get("test"), class_names)
     loaded, stored = read_splits(config)
     image, label = _columns(loaded["train"].features, config, name)
