@@ -184,7 +184,7 @@ def test_autocast_leaves_the_loss_in_float32(method):
 def test_terms_are_computed_outside_autocast():
     seen = []
 
-    def spy(out, config):  # noqa: ARG001
+    def spy(out, config):
         seen.append((torch.is_autocast_enabled("cpu"), out.queries.dtype, out.keys.dtype, out.queues.dtype))
         return out.cls_logits.sum()
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from ecl_hf.data import choose_rows, load_source
 from ecl_hf.metrics import shot_groups
-from ecl_hf.modeling_ecl import add_advice
+from ecl_hf.modeling_ecl import explain_hub_errors
 from ecl_hf.recipe import DataConfig, Recipe
 from ecl_hf.sources import labels_of, read_source
 from ecl_hf.splits import PARTS, Split, check_output, compare_rows, content, defect, pictures_of, records
@@ -139,7 +139,7 @@ def push(args: Namespace) -> str:
         raise ValueError(f"{args.split} holds no pictures: build it with --pictures")
     stored = read_source(DataConfig(path=str(args.split), profile="as_is"))
     pictures = datasets.DatasetDict({part: pictures_of(stored, part) for part in PARTS})
-    with add_advice(args.repo_id):
+    with explain_hub_errors(args.repo_id):
         commit = pictures.push_to_hub(args.repo_id, private=args.private or None, commit_message="Upload pictures")
         card = dataset_card(split, args, DatasetCard.load(args.repo_id).data)
         files = [split.path / name for name in ("split.json", "train_rows.txt", "test_rows.txt")]
