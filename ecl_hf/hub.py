@@ -42,7 +42,8 @@ def percent(value: float | None) -> str:
 
 def _data_name(results: dict[str, Any], dataset: str | None) -> str:
     data = results["recipe"]["data"]
-    return dataset or data["path"] or data["source"]
+    published_list = "/" not in data["source"] and data["source"] != "digits"  # such as imagenet_lt, over any folder
+    return dataset or (data["source"] if published_list else data["path"] or data["source"])
 
 
 def _eval_results(results: dict[str, Any], dataset: str | None, expert: int | None) -> list[EvalResult]:
