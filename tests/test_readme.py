@@ -1,5 +1,6 @@
 """The README says what the code and the committed results say."""
 
+import csv
 import re
 from pathlib import Path
 
@@ -29,3 +30,13 @@ def test_every_method_is_described():
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"training/(?:recipes/)?\w+\.(?:yaml|py)", README))))
 def test_named_files_exist(name):
     assert (ROOT / name).is_file()
+
+
+def test_rows_of_table_3_are_those_of_the_results():
+    with (ROOT / "training/results/cifar10_lt_small/table3.csv").open(newline="") as file:
+        measured = list(csv.DictReader(file))
+    lines = README.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("| method | BKT |"))
+    columns = lines[first].strip("| ").split(" | ")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[first + 2 : lines.index("", first)]]
+    assert rows == [[row[column] for column in columns] for row in measured]
