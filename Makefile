@@ -20,7 +20,7 @@ quickstart: setup
 	.venv/bin/python training/predict.py --run $(RUN)
 
 test: setup
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4
 
 lint: setup
 	.venv/bin/ruff check .
