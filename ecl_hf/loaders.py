@@ -6,25 +6,23 @@ after an interruption.
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import Any, Literal
 
+import datasets
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from ecl_hf.pictures import DECODED_LIMIT, BrokenPictureError, KeptPictures, decode, decoded_size
 from ecl_hf.views import View
 
-if TYPE_CHECKING:
-    import datasets
+SAMPLE = 64
+"""Pictures that tell how much memory the whole set would take."""
 
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any picture as 8-bit RGB; 16-bit greys keep their upper eight bits, where PIL would cut everything above 255."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+OnError = Literal["raise", "replace", "mark"]
 
 
 class ViewDataset(torch.utils.data.Dataset):
@@ -35,13 +33,34 @@ class ViewDataset(torch.utils.data.Dataset):
         views: output name -> view; all views of a picture are drawn one after the other.
         seed: of the random augmentation, together with the picture's position and the attribute `epoch`, which the
             training loop sets before it starts to iterate.
+        split: name for messages.
+        on_error: what becomes of a picture that can't be decoded. "raise": BrokenPictureError with its split, row and
+            file. "replace": the next one that can be decoded takes its place, with that one's label; `broken` of an
+            item is its own position then, and else -1. "mark": a black picture with the label -1.
+        keep: decode the pictures here, once, if all of them take no more than `DECODED_LIMIT` bytes.
     """
 
-    def __init__(self, dataset: "datasets.Dataset", views: dict[str, View], seed: int = 0) -> None:
-        self.dataset = dataset
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        views: dict[str, View],
+        seed: int = 0,
+        split: str = "train",
+        on_error: OnError = "raise",
+        keep: bool = False,
+    ) -> None:
+        self.dataset = dataset.cast_column("image", datasets.Image(decode=False))
+        self.labels = np.array(dataset["label"][:], np.int64)
         self.views = views
         self.seed = seed
+        self.split = split
+        self.on_error = on_error
         self.epoch = 0
+        self.kept = KeptPictures()
+        if keep and self._fits():
+            rows = range(len(self))
+            batches = (self._pictures(rows[start : start + SAMPLE]) for start in rows[::SAMPLE])
+            self.kept = KeptPictures(image for batch in batches for image in batch)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -51,24 +70,75 @@ class ViewDataset(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """A batch at once, which the Arrow table reads faster; global random generators are left as they were."""
-        rows = self.dataset[list(indices)]
-        python_state, numpy_state = random.getstate(), np.random.get_state()
-        try:
-            with torch.random.fork_rng(devices=[]):
-                return [
-                    self._item(index, to_rgb(image), label)
-                    for index, image, label in zip(indices, rows["image"], rows["label"], strict=True)
-                ]
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+        images = self._pictures(indices)
+        with own_generators():
+            return [self._item(index, image) for index, image in zip(indices, images, strict=True)]
 
-    def _item(self, index: int, image: Image.Image, label: int) -> dict[str, Any]:
-        seed = int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0])
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        return {name: view(image) for name, view in self.views.items()} | {"labels": label}
+    def _item(self, index: int, image: Image.Image | None) -> dict[str, Any]:
+        label, broken = int(self.labels[index]), image is None
+        if broken:
+            image, label = self._substitute(index)
+        item = draw(self.views, image, [self.seed, self.epoch, index]) | {"labels": label}
+        return item | {"broken": index if broken else -1} if self.on_error == "replace" else item
+
+    def _substitute(self, index: int) -> tuple[Image.Image, int]:
+        if self.on_error == "mark":
+            return Image.new("RGB", (32, 32)), -1
+        for row in (*range(index + 1, len(self)), *range(index)):
+            if image := self._pictures([row])[0]:
+                return image, int(self.labels[row])
+        raise ValueError(f"none of the {len(self)} {self.split} pictures can be decoded")
+
+    def _pictures(self, rows: Sequence[int]) -> list[Image.Image | None]:
+        """Decoded pictures; None for a broken one, unless `on_error` is "raise"."""
+        missing = [row for row in rows if row >= len(self.kept)]
+        records = self.dataset[missing]["image"] if missing else []
+        decoded = dict(zip(missing, map(self._decode, missing, records), strict=True))
+        return [decoded[row] if row in decoded else self.kept[row] for row in rows]
+
+    def _decode(self, row: int, record: dict[str, Any]) -> Image.Image | None:
+        try:
+            return decode(record, f"{self.split} row {row}")
+        except BrokenPictureError:
+            if self.on_error == "raise":
+                raise
+            return None
+
+    def defects(self, rows: Sequence[int]) -> list[str]:
+        """Split, row, file and reason of those pictures among the rows that can't be decoded."""
+        found = []
+        for row in rows:
+            try:
+                decode(self.dataset[row]["image"], f"{self.split} row {row}")
+            except BrokenPictureError as error:
+                found.append(str(error))
+        return found
+
+    def _fits(self) -> bool:
+        rows = np.unique(np.linspace(0, len(self) - 1, SAMPLE).astype(int)).tolist()
+        sizes = [decoded_size(record) for record in self.dataset[rows]["image"]]
+        return sum(sizes) / len(sizes) * len(self) <= DECODED_LIMIT
+
+
+@contextmanager
+def own_generators() -> Iterator[None]:
+    """Within, the global random generators may be seeded and drawn from; afterwards they are as they were."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+def draw(views: dict[str, View], image: Image.Image, entropy: Sequence[int]) -> dict[str, Tensor]:
+    """All views of a picture; the numbers alone decide the augmentation. The global generators are seeded."""
+    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    return {name: view(image) for name, view in views.items()}
 
 
 class EpochSampler(Sampler[int]):
@@ -89,11 +159,12 @@ class EpochSampler(Sampler[int]):
 def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Stack a batch; images in channels-last memory order."""
     batch = {}
-    for name in items[0]:
-        if name == "labels":
-            batch[name] = torch.tensor([item[name] for item in items])
+    for name, value in items[0].items():
+        if isinstance(value, Tensor):
+            # Stacked as [B, H, W, 3], which is how the random views leave their pixels
+            batch[name] = torch.stack([item[name].permute(1, 2, 0) for item in items]).permute(0, 3, 1, 2)
         else:
-            batch[name] = torch.stack([item[name] for item in items]).contiguous(memory_format=torch.channels_last)
+            batch[name] = torch.tensor([item[name] for item in items])
     return batch
 
 
@@ -111,10 +182,17 @@ def train_loader(dataset: ViewDataset, batch_size: int, parts: int = 1, num_work
     )
 
 
-def evaluation_loader(dataset: "datasets.Dataset", view: Callable, batch_size: int, num_workers: int = 0) -> DataLoader:
-    """All pictures in order."""
+def evaluation_loader(
+    dataset: datasets.Dataset,
+    view: Callable,
+    batch_size: int,
+    num_workers: int = 0,
+    split: str = "test",
+    on_error: OnError = "raise",
+) -> DataLoader:
+    """All pictures in order; of broken ones see `ViewDataset`."""
     return DataLoader(
-        ViewDataset(dataset, {"pixel_values": view}),
+        ViewDataset(dataset, {"pixel_values": view}, split=split, on_error=on_error),
         batch_size,
         num_workers=num_workers,
         collate_fn=collate,

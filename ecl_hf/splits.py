@@ -7,7 +7,6 @@ data/*.parquet   the pictures themselves, if asked for
 """
 
 import hashlib
-import io
 import json
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +19,6 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 from datasets.table import embed_table_storage
-from PIL import Image, UnidentifiedImageError
 
 from ecl_hf.recipe import DataConfig
 from ecl_hf.sources import Source, labels_of
@@ -222,30 +220,10 @@ def compare_rows(stored: np.ndarray, computed: np.ndarray) -> str | None:
     return f"{len(only)} rows that the protocol does not take, {len(missing)} missing; {', '.join(first)}"
 
 
-def content(record: dict[str, Any]) -> bytes:
-    """A picture's file as it is stored; an OSError says that it can't be read."""
-    return record["bytes"] if record["bytes"] is not None else Path(record["path"]).read_bytes()
-
-
 def records(pictures: datasets.Dataset) -> Iterator[dict[str, Any]]:
     """The image column as it is stored: `bytes`, `path`."""
     for row in pictures.cast_column("image", datasets.Image(decode=False)).select_columns("image"):
         yield row["image"]
-
-
-def defect(record: dict[str, Any]) -> str | None:
-    """Why a picture can't be decoded; None if it can."""
-    try:
-        file = content(record)
-        if not file:
-            return "empty file"
-        with Image.open(io.BytesIO(file)) as image:
-            image.load()
-    except UnidentifiedImageError:
-        return "no picture, or of an unknown format"
-    except Exception as error:  # decoders raise what they like
-        return f"{type(error).__name__}: {error}"
-    return None
 
 
 def _write_parquet(directory: Path, part: str, pictures: datasets.Dataset) -> None:

@@ -13,8 +13,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ecl_hf.data import load_longtailed
-from ecl_hf.loaders import EpochSampler, ViewDataset, collate, evaluation_loader, to_rgb, train_loader
+from ecl_hf.loaders import EpochSampler, ViewDataset, collate, evaluation_loader, train_loader
 from ecl_hf.longtail import longtail_indices
+from ecl_hf.pictures import to_rgb
 from ecl_hf.recipe import DataConfig
 from ecl_hf.views import contrastive_view, evaluation_view, supervised_view
 
@@ -352,7 +353,7 @@ def test_global_generators_are_left_alone():
         ("L", 77, (77, 77, 77)),
         ("1", 1, (255, 255, 255)),
         ("LA", (77, 255), (77, 77, 77)),
-        ("RGBA", (10, 20, 30, 40), (10, 20, 30)),
+        ("RGBA", (10, 20, 30, 51), (206, 208, 210)),  # a fifth of the colour, on white
         ("P", 1, (10, 20, 30)),
     ],
 )

@@ -12,11 +12,11 @@ import datasets
 import numpy as np
 import transformers
 from jsonargparse import ArgumentParser
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 import ecl_hf  # noqa: F401  (registers the model with transformers)
 from ecl_hf.data import load_longtailed
-from ecl_hf.loaders import to_rgb
+from ecl_hf.pictures import decode
 from ecl_hf.recipe import Recipe
 from ecl_hf.runs import RunFolder
 
@@ -24,8 +24,9 @@ from ecl_hf.runs import RunFolder
 def test_pictures(run: RunFolder, how_many: int) -> list[tuple[str, Image.Image]]:
     """Pictures of a run's test split with their class names, spread evenly over it."""
     data = load_longtailed(Recipe.from_file(run.recipe_file).data)
-    rows = data.test.select(np.linspace(0, len(data.test) - 1, how_many).astype(int))
-    return [(data.class_names[row["label"]], to_rgb(row["image"])) for row in rows]
+    stored = data.test.cast_column("image", datasets.Image(decode=False))
+    rows = np.linspace(0, len(stored) - 1, how_many).astype(int).tolist()
+    return [(data.class_names[stored[i]["label"]], decode(stored[i]["image"], f"test row {i}")) for i in rows]
 
 
 def main(argv: Sequence[str] | None = None) -> list[list[dict[str, str | float]]]:
@@ -47,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> list[list[dict[str, str | float]]
 
     try:
         if args.images:
-            pictures = [(str(path), to_rgb(Image.open(path))) for path in args.images]
+            pictures = [(str(path), decode({"bytes": None, "path": str(path)})) for path in args.images]
         else:
             pictures = test_pictures(RunFolder(args.run), args.how_many)
         model = args.model or RunFolder(args.run).model
         classify = transformers.pipeline("image-classification", model=str(model))
-    except (OSError, ValueError, UnidentifiedImageError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     answers = classify([picture for _, picture in pictures], top_k=args.top_k, batch_size=32)
     print(f"\n{'picture':24}prediction of {model}")
