@@ -20,12 +20,14 @@ class Predictions:
         expert_logits: [N, K, C].
         flipped_logits: the same of the mirrored images, [N, K, C].
         features: pooled backbone features of the images as they are, [N, K, D], when asked for.
+        left_out: positions in the test set of images that could not be decoded; they are none of the N.
     """
 
     labels: Tensor
     expert_logits: Tensor
     flipped_logits: Tensor
     features: Tensor | None = None
+    left_out: tuple[int, ...] = ()
 
     @property
     def both_logits(self) -> Tensor:
@@ -44,7 +46,8 @@ def predict(
 
     Args:
         model: returns `expert_logits`, [B, K, C], and if asked `features`, [B, K, D]; its mode is restored afterwards.
-        batches: dictionaries with `pixel_values` [B, 3, H, W] and `labels` [B], on the model's device.
+        batches: dictionaries with `pixel_values` [B, 3, H, W] and `labels` [B], on the model's device; an image whose
+            label is -1 is left out.
         gather: joins tensors of all processes without the padding (`Accelerator.gather_for_metrics`).
         with_features: keep the features too.
     """
@@ -61,7 +64,10 @@ def predict(
             tensors.append(output.features.float())
         parts.append([tensor.cpu() for tensor in gather(tuple(tensors))])
     model.train(was_training)
-    return Predictions(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    tensors = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+    there = tensors[0] >= 0
+    left_out = tuple(torch.nonzero(~there)[:, 0].tolist())
+    return Predictions(*([tensor[there] for tensor in tensors] if left_out else tensors), left_out=left_out)
 
 
 def score(logits: Tensor, labels: Tensor, class_counts: list[int]) -> dict[str, float | None]:

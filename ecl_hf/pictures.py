@@ -39,7 +39,8 @@ def decode(record: dict[str, Any], where: str = "picture") -> Image.Image:
     try:
         return _decode(record)
     except ValueError as error:
-        named = f"{where}, {record['path']}" if record["path"] else where
+        file = "/".join(Path(record["path"] or "").parts[-2:])  # where the data set lies is this machine's affair
+        named = f"{where}, {file}" if file else where
         raise BrokenPictureError(f"{named}: {error}") from None
 
 

@@ -63,6 +63,9 @@ class DataConfig:
     """Supervised view: `cifar` (crop, AutoAugment, Cutout) or `imagenet` (resized crop, jitter, RandAugment)."""
     horizontal_flip: bool = True
     """Whether a mirrored picture keeps its class; false for digits, text, left-right asymmetric defects."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """Pictures that can't be decoded: `raise` stops and names the first one; `skip` trains on the next picture instead,
+    leaves them out of the test, and says how many there were."""
     num_workers: int = 0
     """Data-loading processes of each training process."""
 

@@ -25,6 +25,7 @@ from ecl_hf.recipe import Recipe
 
 FREE_TO_CHANGE = (
     *("train.max_steps", "train.checkpoint_every", "train.keep_last", "data.path", "data.num_workers"),
+    "data.on_error",
     *("hub.push", "hub.repo_id", "hub.private", "hub.every", "hub.license"),
 )
 """Recipe keys that may differ when a run is continued."""
@@ -44,6 +45,7 @@ class Progress:
         total_seconds: training time of the epochs before it.
         commit: of the code that began the run.
         sums: loss terms summed over the running epoch's micro-batches.
+        broken: rows of training pictures that could not be decoded, in the whole run.
     """
 
     epoch: int = 0
@@ -53,6 +55,7 @@ class Progress:
     total_seconds: float = 0.0
     commit: str | None = None
     sums: dict[str, float] = field(default_factory=dict)
+    broken: list[int] = field(default_factory=list)
 
     def line(self, lr: float, images_per_batch: int) -> dict[str, float]:
         """The epoch's entry in `metrics.jsonl`; epochs count from 1 there."""
@@ -63,7 +66,8 @@ class Progress:
     def next_epoch(self) -> "Progress":
         """The start of the epoch after this one."""
         seconds = self.total_seconds + self.seconds
-        return Progress(epoch=self.epoch + 1, step=self.step, total_seconds=seconds, commit=self.commit)
+        kept = {"step": self.step, "commit": self.commit, "broken": self.broken}
+        return Progress(epoch=self.epoch + 1, total_seconds=seconds, **kept)
 
 
 class RunFolder:

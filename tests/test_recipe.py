@@ -37,6 +37,7 @@ PAPER = {
     "data.split_seed": 0,
     "data.augmentation": "cifar",
     "data.horizontal_flip": True,
+    "data.on_error": "raise",
     "data.num_workers": 0,
     "model.architecture": "resnet32_cifar",
     "model.pretrained": False,

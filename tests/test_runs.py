@@ -101,6 +101,7 @@ FREE = {
     "train.keep_last": 9,
     "data.path": "/mnt/elsewhere",
     "data.num_workers": 4,
+    "data.on_error": "skip",
     "hub.push": True,
     "hub.repo_id": "me/model",
     "hub.private": True,

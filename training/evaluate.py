@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -42,6 +42,7 @@ from ecl_hf.loaders import evaluation_loader
 from ecl_hf.methods import BALANCED, BALANCED_DETACHED, INVERTED, METHODS, SHUFFLED
 from ecl_hf.metrics import class_accuracy, confusion_matrix, reliability_table
 from ecl_hf.modeling_ecl import create_head
+from ecl_hf.pictures import BrokenPictureError
 from ecl_hf.recipe import Recipe
 from ecl_hf.runs import RunFolder, describe_environment, describe_model, write_atomically
 from ecl_hf.views import evaluation_view
@@ -50,6 +51,9 @@ TAUS = tuple(round(-1 + 0.1 * step, 1) for step in range(31))
 MAGNITUDES = tuple(round(-1 + 0.1 * step, 1) for step in range(21))
 DIRECTIONS = 5
 SPEED_BATCH = 32
+REPLACE = {"raise": "raise", "skip": "replace"}
+MARK = {"raise": "raise", "skip": "mark"}
+"""By `data.on_error`: what becomes of a broken picture in a figure, and in the test, where it is left out."""
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
@@ -109,7 +113,8 @@ def transfer_arrays(
             return {}
     rows = range(accelerator.process_index, len(data.train), accelerator.num_processes)
     view = evaluation_view(model.config.pretrained_cfg)
-    loader = evaluation_loader(data.train.select(rows), view, batch_size, recipe.data.num_workers)
+    on_error = REPLACE[recipe.data.on_error]
+    loader = evaluation_loader(data.train.select(rows), view, batch_size, recipe.data.num_workers, "train", on_error)
     arrays = collect_transfer(
         model,
         references,
@@ -122,12 +127,20 @@ def transfer_arrays(
 
 
 def landscape_arrays(
-    accelerator: Accelerator, model: ECLForImageClassification, data: LongTailedData, how_many: int, batch_size: int
+    accelerator: Accelerator,
+    model: ECLForImageClassification,
+    data: LongTailedData,
+    how_many: int,
+    batch_size: int,
+    on_error: Literal["raise", "skip"],
 ) -> dict[str, np.ndarray]:
     """Fig. 8 on some test images; each process takes some of the directions."""
     rows = np.random.default_rng(0).permutation(len(data.test))[:how_many]
     loader = evaluation_loader(
-        data.test.select(np.sort(rows)), evaluation_view(model.config.pretrained_cfg), batch_size
+        data.test.select(np.sort(rows)),
+        evaluation_view(model.config.pretrained_cfg),
+        batch_size,
+        on_error=REPLACE[on_error],
     )
     batches = [{name: tensor.to(accelerator.device) for name, tensor in batch.items()} for batch in loader]
     mine = list(range(DIRECTIONS))[accelerator.process_index :: accelerator.num_processes]
@@ -204,22 +217,33 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         sys.exit(f"error: {error}")
 
     loader = evaluation_loader(
-        data.test, evaluation_view(model.config.pretrained_cfg), args.batch_size, config.num_workers
+        data.test,
+        evaluation_view(model.config.pretrained_cfg),
+        args.batch_size,
+        config.num_workers,
+        on_error=MARK[config.on_error],
     )
+    pictures = loader.dataset
     model, loader = accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare(loader)
     plain = accelerator.unwrap_model(model)
     bar = tqdm(loader, "testing", disable=not accelerator.is_main_process, leave=False)
     counts = plain.config.class_counts or data.class_counts
-    predictions = predict(plain, bar, accelerator.gather_for_metrics, with_features=args.output is not None)
     arrays = {}
-    if args.run is not None:
-        arrays |= transfer_arrays(accelerator, plain, RunFolder(args.run), data, args.batch_size)
-    if args.landscape_images:
-        arrays |= landscape_arrays(accelerator, plain, data, args.landscape_images, args.batch_size)
+    try:
+        predictions = predict(plain, bar, accelerator.gather_for_metrics, with_features=args.output is not None)
+        if args.run is not None:
+            arrays |= transfer_arrays(accelerator, plain, RunFolder(args.run), data, args.batch_size)
+        if args.landscape_images:
+            arrays |= landscape_arrays(
+                accelerator, plain, data, args.landscape_images, args.batch_size, config.on_error
+            )
+    except BrokenPictureError as error:
+        sys.exit(f"error: {error}; data.on_error skip in the recipe leaves it out")
     results = {
         "model": args.model,
         "test": summarise(predictions, counts),
         "test_images": len(predictions.labels),
+        "broken_pictures": {"test": len(predictions.left_out), "first": pictures.defects(predictions.left_out[:10])},
         "class_counts": counts,
         "class_names": data.class_names,
         **describe_model(plain),
@@ -227,7 +251,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     }
     if accelerator.is_main_process:
         for name in ("plain", "flip"):
-            print(f"{args.model} on {len(data.test)} test images, {name}, in %\n{format_table(results['test'][name])}")
+            table = format_table(results["test"][name])
+            print(f"{args.model} on {len(predictions.labels)} test images, {name}, in %\n{table}")
+        if predictions.left_out:
+            print(f"{len(predictions.left_out)} test images could not be decoded and are left out:")
+            print(*results["broken_pictures"]["first"], sep="\n")
         if args.output:
             batch = torch.zeros(SPEED_BATCH, *plain.config.pretrained_cfg["input_size"], device=plain.device)
             results |= {"images_per_second": measure_speed(plain, batch), "landscape_images": args.landscape_images}

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ import datasets
 import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, skip_first_batches
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from huggingface_hub.utils import disable_progress_bars
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from timm.utils import distribute_bn
@@ -36,11 +36,13 @@ from ecl_hf.loaders import ViewDataset, evaluation_loader, train_loader
 from ecl_hf.methods import METHODS
 from ecl_hf.metrics import shot_groups
 from ecl_hf.modeling_ecl import upload_directory
+from ecl_hf.pictures import BrokenPictureError
 from ecl_hf.recipe import Recipe
 from ecl_hf.runs import Progress, RunFolder, describe_environment, describe_model, flatten
 from ecl_hf.views import contrastive_view, evaluation_view, supervised_view
 
 CARD = Path(__file__).resolve().parents[1] / "hub_cards" / "model_card.md"
+SKIP = "data.on_error skip goes on without it"
 
 
 def parse(argv: Sequence[str] | None) -> tuple[Recipe, Namespace]:
@@ -69,6 +71,14 @@ def report(run: RunFolder) -> str:
         lines += ["with test-time horizontal flip", format_table(results["test"]["flip"])]
     lines += [f"{run.results_file}: all numbers", f"{run.model}: the model, for from_pretrained and pipeline"]
     return "\n".join(lines)
+
+
+def or_exit(batches: Iterable) -> Iterator:
+    """The same batches; a picture that can't be decoded ends the program with its name."""
+    try:
+        yield from batches
+    except BrokenPictureError as error:
+        sys.exit(f"error: {error}; {SKIP}")
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -109,6 +119,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
             raise ValueError(f"batch_size {recipe.batch_size} exceeds the training split of {len(data.train)} images")
         set_seed(recipe.seed)
         model = initialise_model(recipe.model, method, data.class_counts, data.class_names)
+        view_config, skip = model.config.pretrained_cfg, recipe.data.on_error == "skip"
+        views = {"pixel_values": supervised_view(view_config, recipe.data.augmentation, recipe.data.horizontal_flip)}
+        if "momentum" in method.needs:
+            views["contrast_pixel_values"] = contrastive_view(view_config, recipe.data.horizontal_flip)
+        on_error = "replace" if skip else "raise"
+        train_set = ViewDataset(data.train, views, recipe.seed, on_error=on_error, keep=recipe.epochs > 1)
         size = describe_model(model)
         environment = describe_environment(processes, accelerator.device)
         if recipe.hub.push and accelerator.is_main_process:
@@ -116,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             run.open(recipe)
+    except BrokenPictureError as error:
+        sys.exit(f"error: {error}; {SKIP}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     say = tqdm.write if accelerator.is_main_process else (lambda _: None)
@@ -123,13 +141,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
         say(f"{run.path} is finished already\n{report(run)}")
         return run.path
 
-    view_config = model.config.pretrained_cfg
-    views = {"pixel_values": supervised_view(view_config, recipe.data.augmentation, recipe.data.horizontal_flip)}
-    if "momentum" in method.needs:
-        views["contrast_pixel_values"] = contrastive_view(view_config, recipe.data.horizontal_flip)
-    train_set = ViewDataset(data.train, views, recipe.seed)
     loader = train_loader(train_set, recipe.batch_size, processes * accumulation, recipe.data.num_workers)
-    test = evaluation_loader(data.test, evaluation_view(view_config), 256, recipe.data.num_workers)
+    test = evaluation_loader(
+        data.test, evaluation_view(view_config), 256, recipe.data.num_workers, on_error="mark" if skip else "raise"
+    )
     task = CollaborativeTask(model, method, recipe.loss).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD((p for p in task.parameters() if p.requires_grad), foreach=True, **asdict(recipe.optim))
     set_seed(recipe.seed, device_specific=True)
@@ -166,8 +181,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
         train_set.epoch = progress.epoch
         batches = skip_first_batches(loader, progress.batch)
         sums = {name: torch.tensor(value, device=accelerator.device) for name, value in progress.sums.items()}
+        broken = set(progress.broken)
         started = time.perf_counter()
-        for batch in batches:
+        for batch in or_exit(batches):
+            if skip:
+                broken |= set(batch.pop("broken").tolist()) - {-1}
             with accelerator.accumulate(task):
                 out = task(**batch)
                 if not out["loss"].isfinite():
@@ -190,6 +208,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
                 if progress.step == last_step:
                     break
         progress.seconds += time.perf_counter() - started
+        progress.broken = sorted(set(gather_object(list(broken))))
         progress.sums = {name: accelerator.reduce(value, "mean").item() for name, value in sums.items()}
         line = progress.line(lr=scheduler.get_last_lr()[0], images_per_batch=recipe.batch_size // accumulation)
         bar.set_postfix(epoch=line["epoch"], loss=f"{line['loss']:.3f}")
@@ -215,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     # The reported numbers are the last epoch's: there is no validation split to choose another by.
     predictions = predict(
         plain.model,
-        tqdm(test, "testing", disable=not accelerator.is_main_process, leave=False),
+        or_exit(tqdm(test, "testing", disable=not accelerator.is_main_process, leave=False)),
         accelerator.gather_for_metrics,
     )
     if accelerator.is_main_process:
@@ -233,6 +252,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
             "steps": progress.step,
             "test": summarise(predictions, counts),
             "test_images": len(predictions.labels),
+            "broken_pictures": {
+                "train": len(progress.broken),
+                "test": len(predictions.left_out),
+                "first": train_set.defects(progress.broken[:10]) + test.dataset.defects(predictions.left_out[:10]),
+            },
             "class_counts": counts,
             "class_names": data.class_names,
             "shot_groups": {name: int(mask.sum()) for name, mask in shot_groups(counts).items()},
@@ -248,6 +272,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         accelerator.log({f"test/{name}": value for name, value in ensemble if value is not None}, step=progress.step)
         run.finish(plain.model, partial(add_card, results=results), results)
         say(report(run))
+        if broken := results["broken_pictures"]["first"]:
+            found = len(progress.broken) + len(predictions.left_out)
+            say("\n".join([f"{found} pictures could not be decoded and were skipped:", *broken]))
         if recipe.hub.push and results["finished"]:
             try:
                 commit = upload_directory(run.model, recipe.hub.repo_id, commit_message=f"{recipe.epochs} epochs")
