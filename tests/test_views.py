@@ -1,5 +1,7 @@
 """The three views: sizes, pixels against other implementations, and the random parts under known generators."""
 
+import colorsys
+import itertools
 import json
 import math
 import random
@@ -39,9 +41,9 @@ def pixels(view, image):
 
 
 def leave_out(monkeypatch, *names):
-    """Replace torchvision transforms by ones that do nothing."""
+    """Replace transforms by ones that do nothing."""
     for name in names:
-        monkeypatch.setattr(views.T, name, lambda *_, **__: lambda image: image)
+        monkeypatch.setattr(views if hasattr(views, name) else views.T, name, lambda *_, **__: lambda image: image)
 
 
 @pytest.mark.parametrize("size", [16, 32, 224])
@@ -242,7 +244,7 @@ def test_blur_keeps_a_constant_picture_and_its_argument():
 
 @pytest.mark.parametrize(
     ("owner", "name", "arguments", "share"),
-    [(views.T, "ColorJitter", (0.4, 0.4, 0.4, 0.1), 0.8), (views, "GaussianBlur", ((0.1, 2.0),), 0.5)],
+    [(views, "ColorJitter", (0.4, 0.4, 0.4, 0.1), 0.8), (views, "GaussianBlur", ((0.1, 2.0),), 0.5)],
     ids=["jitter", "blur"],
 )
 def test_contrastive_view_jitters_and_blurs_as_often_as_published(owner, name, arguments, share, monkeypatch):
@@ -285,8 +287,8 @@ def test_contrastive_view_crops_a_fifth_to_all_of_the_area(monkeypatch):
 @pytest.mark.parametrize(
     ("augmentation", "owner", "name", "arguments"),
     [
-        ("cifar", views.T, "AutoAugment", (T.AutoAugmentPolicy.CIFAR10,)),
-        ("imagenet", views.T, "ColorJitter", (0.4, 0.4, 0.4)),
+        ("cifar", views, "AutoAugment", (T.AutoAugmentPolicy.CIFAR10,)),
+        ("imagenet", views, "ColorJitter", (0.4, 0.4, 0.4)),
         ("imagenet", views, "rand_augment_transform", ("rand-m10-n2-mstd0.5",)),
     ],
 )
@@ -322,3 +324,64 @@ def test_source_picture_is_not_changed():
         for _ in range(5):
             view(image)
     assert image.tobytes() == before
+
+
+def published_views(config, augmentation):
+    """The random views by torchvision alone."""
+    size, interpolation = config["input_size"][-1], views.str_to_interp_mode(config["interpolation"])
+    end = [T.ToTensor(), T.Normalize(**_mean_std(config))]
+    if augmentation == "contrastive":
+        return T.Compose(
+            [
+                T.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=interpolation),
+                T.RandomHorizontalFlip(),
+                T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+                T.RandomGrayscale(p=0.2),
+                T.RandomApply([GaussianBlur((0.1, 2.0))], p=0.5),
+                *end,
+            ]
+        )
+    if augmentation == "cifar":
+        policy = T.AutoAugment(T.AutoAugmentPolicy.CIFAR10, fill=views.GREY)
+        crop = [T.Resize(size, interpolation), T.CenterCrop(size), T.RandomCrop(size, padding=size // 8)]
+        return T.Compose([*crop, T.RandomHorizontalFlip(), policy, end[0], Cutout(size // 2), end[1]])
+    return T.Compose(
+        [
+            T.RandomResizedCrop(size, interpolation=interpolation),
+            T.RandomHorizontalFlip(),
+            T.ColorJitter(0.4, 0.4, 0.4),
+            views.rand_augment_transform(
+                "rand-m10-n2-mstd0.5", {"img_mean": views.GREY, "translate_const": int(0.45 * size)}
+            ),
+            *end,
+        ]
+    )
+
+
+@pytest.mark.parametrize("augmentation", ["cifar", "imagenet", "contrastive"])
+def test_random_views_are_torchvisions_draw_by_draw(augmentation, monkeypatch):
+    """Bit by bit the same, once both shift the hue in the same way."""
+    config = data_config(32)
+    expected = published_views(config, augmentation)
+    monkeypatch.setattr(T.functional, "adjust_hue", views.shift_hue)
+    view = contrastive_view(config) if augmentation == "contrastive" else supervised_view(config, augmentation)
+    image = Image.fromarray(np.kron(np.array(noise(5, 6)), np.ones((8, 8, 1), np.uint8)))
+    for seed in range(60):
+        outs = []
+        for transform in (expected, view):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
+            outs.append(transform(image))
+        assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("turns", [-0.5, -0.1, 0.0, 0.037, 0.1, 0.4])
+def test_hue_is_turned_as_by_colorsys(turns):
+    colours = np.array([*itertools.product(range(0, 256, 51), repeat=3), (1, 0, 0), (254, 255, 255)], np.uint8)
+    found = np.asarray(views.shift_hue(Image.fromarray(colours[None]), turns))[0]
+    for colour, ours in zip((colours / 255).tolist(), found, strict=True):
+        hue, saturation, value = colorsys.rgb_to_hsv(*colour)
+        expected = colorsys.hsv_to_rgb((hue + turns) % 1, saturation, value)
+        assert ours == pytest.approx(np.array(expected) * 255, abs=0.501)
+    assert turns != 0 or np.array_equal(found, colours)
