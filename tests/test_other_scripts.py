@@ -59,6 +59,17 @@ def test_picture_files_of_any_mode(run, tmp_path):
     assert answers[0] == answers[2]
 
 
+def test_flip_and_disagreement_on_request(run, tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    for name, picture in (("a", pixels), ("b", pixels[:, ::-1])):
+        Image.fromarray(picture).save(tmp_path / f"{name}.png")
+    flags = [f"--model={run / 'model'}", str(tmp_path / "a.png"), str(tmp_path / "b.png"), "--disagreement"]
+    plain, flipped = predict.main(flags), predict.main([*flags, "--flip"])
+    assert flipped[0][0]["score"] == pytest.approx(flipped[1][0]["score"], abs=1e-5)
+    assert plain[0][0]["score"] != pytest.approx(plain[1][0]["score"], abs=1e-5)
+    assert f"disagreement {flipped[0][0]['disagreement']:.3f}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("name", "content"), [("missing.png", None), ("text.png", "not a picture")])
 def test_unreadable_picture_is_named(run, tmp_path, name, content):
     if content:

@@ -14,9 +14,9 @@ import transformers
 from jsonargparse import ArgumentParser
 from PIL import Image
 
-import ecl_hf  # noqa: F401  (registers the model with transformers)
 from ecl_hf.data import load_longtailed
 from ecl_hf.pictures import decode
+from ecl_hf.pipeline import ECLImageClassificationPipeline
 from ecl_hf.recipe import Recipe
 from ecl_hf.runs import RunFolder
 
@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> list[list[dict[str, str | float]]
         "--run", type=Path | None, help="Run folder: its model, and its test pictures if none are given"
     )
     parser.add_argument("--top_k", type=int, default=2, help="Classes to print for each picture")
+    parser.add_argument("--flip", action="store_true", help="Average the logits of each picture and its mirror image")
+    parser.add_argument("--disagreement", action="store_true", help="Also print how much the experts differ, in nats")
     parser.add_argument("--how_many", type=int, default=8, help="Test pictures to classify")
     args = parser.parse_args(argv)
     if args.run is None and (args.model is None or not args.images):
@@ -52,13 +54,17 @@ def main(argv: Sequence[str] | None = None) -> list[list[dict[str, str | float]]
         else:
             pictures = test_pictures(RunFolder(args.run), args.how_many)
         model = args.model or RunFolder(args.run).model
-        classify = transformers.pipeline("image-classification", model=str(model))
+        classify = transformers.pipeline(
+            "image-classification", model=str(model), pipeline_class=ECLImageClassificationPipeline
+        )
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    answers = classify([picture for _, picture in pictures], top_k=args.top_k, batch_size=32)
+    wanted = {"top_k": args.top_k, "flip": args.flip, "disagreement": args.disagreement}
+    answers = classify([picture for _, picture in pictures], batch_size=32, **wanted)
     print(f"\n{'picture':24}prediction of {model}")
     for (name, _), best in zip(pictures, answers, strict=True):
-        print(f"{name:24}" + "  ".join(f"{answer['label']} {answer['score']:.2f}" for answer in best))
+        differ = f"  disagreement {best[0]['disagreement']:.3f}" if args.disagreement else ""
+        print(f"{name:24}" + "  ".join(f"{answer['label']} {answer['score']:.2f}" for answer in best) + differ)
     return answers
 
 
