@@ -5,8 +5,11 @@ after an interruption.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import datasets
@@ -17,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from ecl_hf.pictures import DECODED_LIMIT, BrokenPictureError, KeptPictures, decode, decoded_size
-from ecl_hf.views import View
+from ecl_hf.views import RandomView, View
 
 SAMPLE = 64
 """Pictures that tell how much memory the whole set would take."""
@@ -26,13 +29,13 @@ OnError = Literal["raise", "replace", "mark"]
 
 
 class ViewDataset(torch.utils.data.Dataset):
-    """Pictures through one or more views.
+    """Pictures through one or more views; of a random view the 8-bit pixels, which `collate` normalises.
 
     Args:
         dataset: columns `image` and `label`.
         views: output name -> view; all views of a picture are drawn one after the other.
         seed: of the random augmentation, together with the picture's position and the attribute `epoch`, which the
-            training loop sets before it starts to iterate.
+            training loop sets before it starts to iterate. An item's own position is its entry `indices`.
         split: name for messages.
         on_error: what becomes of a picture that can't be decoded. "raise": BrokenPictureError with its split, row and
             file. "replace": the next one that can be decoded takes its place, with that one's label; `broken` of an
@@ -78,7 +81,7 @@ class ViewDataset(torch.utils.data.Dataset):
         label, broken = int(self.labels[index]), image is None
         if broken:
             image, label = self._substitute(index)
-        item = draw(self.views, image, [self.seed, self.epoch, index]) | {"labels": label}
+        item = draw(self.views, image, [self.seed, self.epoch, index]) | {"labels": label, "indices": index}
         return item | {"broken": index if broken else -1} if self.on_error == "replace" else item
 
     def _substitute(self, index: int) -> tuple[Image.Image, int]:
@@ -133,12 +136,15 @@ def own_generators() -> Iterator[None]:
 
 
 def draw(views: dict[str, View], image: Image.Image, entropy: Sequence[int]) -> dict[str, Tensor]:
-    """All views of a picture; the numbers alone decide the augmentation. The global generators are seeded."""
+    """All views of a picture, random ones before they are normalised; the numbers alone decide the augmentation.
+
+    The global generators are seeded.
+    """
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
-    return {name: view(image) for name, view in views.items()}
+    return {name: (view.pixels if isinstance(view, RandomView) else view)(image) for name, view in views.items()}
 
 
 class EpochSampler(Sampler[int]):
@@ -156,16 +162,23 @@ class EpochSampler(Sampler[int]):
         yield from order[: self.length].tolist()
 
 
-def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Stack a batch; images in channels-last memory order."""
+def collate(items: list[dict[str, Any]], views: Mapping[str, View] = MappingProxyType({})) -> dict[str, Tensor]:
+    """Stack a batch, and normalise the pixels of random views; images in channels-last memory order."""
     batch = {}
     for name, value in items[0].items():
-        if isinstance(value, Tensor):
-            # Stacked as [B, H, W, 3], which is how the random views leave their pixels
-            batch[name] = torch.stack([item[name].permute(1, 2, 0) for item in items]).permute(0, 3, 1, 2)
+        if isinstance(views.get(name), RandomView):
+            batch[name] = views[name].normalise([item[name] for item in items])
+        elif isinstance(value, Tensor):
+            batch[name] = torch.stack([item[name] for item in items]).contiguous(memory_format=torch.channels_last)
         else:
             batch[name] = torch.tensor([item[name] for item in items])
     return batch
+
+
+def outlive_first_signal(_: int) -> None:
+    """Ready a loading process for signals to the whole group: the training process still needs its data then."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def train_loader(dataset: ViewDataset, batch_size: int, parts: int = 1, num_workers: int = 0) -> DataLoader:
@@ -176,8 +189,9 @@ def train_loader(dataset: ViewDataset, batch_size: int, parts: int = 1, num_work
         sampler=EpochSampler(dataset, batch_size),
         drop_last=True,
         num_workers=num_workers,
-        collate_fn=collate,
+        collate_fn=partial(collate, views=dataset.views),
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=outlive_first_signal,
         generator=torch.Generator().manual_seed(dataset.seed),  # else each epoch draws from the global generator
     )
 

@@ -403,7 +403,9 @@ def test_train_loader_shuffles_and_drops_the_rest(workers):
             for name in ("pixel_values", "contrast_pixel_values"):
                 assert batch[name].shape == (4, 3, 16, 16)
                 assert batch[name].is_contiguous(memory_format=torch.channels_last)
-                assert torch.equal(batch[name], torch.stack([item[name] for item in items]))
+                assert torch.equal(
+                    batch[name], torch.stack([dataset.views[name].normalise([item[name]])[0] for item in items])
+                )
         epochs.append(batches)
     assert global_states() == before
     assert epochs[0][0]["labels"].tolist() != epochs[1][0]["labels"].tolist()
