@@ -11,6 +11,7 @@ from ecl_hf.official import BENCHMARKS, check_cifar, load_official
 from ecl_hf.recipe import DataConfig
 from ecl_hf.sources import Source, labels_of, read_source
 from ecl_hf.splits import Split, pictures_of
+from ecl_hf.streaming import open_streams
 
 FEW = 5
 """Classes with fewer training images than this are named in a warning, where no protocol asked for them."""
@@ -21,13 +22,13 @@ class LongTailedData:
     """A long-tailed training split and its test split, as columns `image` and `label`.
 
     Attributes:
-        train: the pictures that the protocol keeps, in source order.
+        train: the pictures that the protocol keeps, in source order; a stream if they are not to be stored.
         test: all pictures of the test split, or those that were held out.
         class_counts: training images of each class, [C].
         class_names: in label order, [C].
     """
 
-    train: datasets.Dataset
+    train: datasets.Dataset | datasets.IterableDataset
     test: datasets.Dataset
     class_counts: list[int]
     class_names: list[str]
@@ -42,6 +43,10 @@ def load_longtailed(config: DataConfig) -> LongTailedData:
             images for the profile or not as many as the published benchmark, or the split that was named is another
             one; the message names it.
     """
+    if config.streaming:
+        if config.source in BENCHMARKS:
+            raise ValueError(f"data.streaming does not read the list of {config.source}: build a split first")
+        return LongTailedData(*open_streams(config))
     source = load_source(config)
     if config.split is None:
         rows = choose_rows(config, source)

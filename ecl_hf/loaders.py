@@ -39,7 +39,7 @@ class ViewDataset(torch.utils.data.Dataset):
         split: name for messages.
         on_error: what becomes of a picture that can't be decoded. "raise": BrokenPictureError with its split, row and
             file. "replace": the next one that can be decoded takes its place, with that one's label; `broken` of an
-            item is its own position then, and else -1. "mark": a black picture with the label -1.
+            item is the message then, and else empty. "mark": a black picture with the label -1.
         keep: decode the pictures here, once, if all of them take no more than `DECODED_LIMIT` bytes.
     """
 
@@ -82,7 +82,9 @@ class ViewDataset(torch.utils.data.Dataset):
         if broken:
             image, label = self._substitute(index)
         item = draw(self.views, image, [self.seed, self.epoch, index]) | {"labels": label, "indices": index}
-        return item | {"broken": index if broken else -1} if self.on_error == "replace" else item
+        if self.on_error == "replace":
+            item["broken"] = self.defects([index])[0] if broken else ""
+        return item
 
     def _substitute(self, index: int) -> tuple[Image.Image, int]:
         if self.on_error == "mark":
@@ -162,12 +164,14 @@ class EpochSampler(Sampler[int]):
         yield from order[: self.length].tolist()
 
 
-def collate(items: list[dict[str, Any]], views: Mapping[str, View] = MappingProxyType({})) -> dict[str, Tensor]:
+def collate(items: list[dict[str, Any]], views: Mapping[str, View] = MappingProxyType({})) -> dict[str, Any]:
     """Stack a batch, and normalise the pixels of random views; images in channels-last memory order."""
     batch = {}
     for name, value in items[0].items():
         if isinstance(views.get(name), RandomView):
             batch[name] = views[name].normalise([item[name] for item in items])
+        elif name == "broken":
+            batch[name] = [item[name] for item in items if item[name]]
         elif isinstance(value, Tensor):
             batch[name] = torch.stack([item[name] for item in items]).contiguous(memory_format=torch.channels_last)
         else:
@@ -181,6 +185,11 @@ def outlive_first_signal(_: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
+def collated(views: Mapping[str, View]) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """`collate` for these views."""
+    return partial(collate, views=views)
+
+
 def train_loader(dataset: ViewDataset, batch_size: int, parts: int = 1, num_workers: int = 0) -> DataLoader:
     """Shuffled full batches of the data set's `epoch`, each in equal parts for processes and accumulation."""
     return DataLoader(
@@ -189,7 +198,7 @@ def train_loader(dataset: ViewDataset, batch_size: int, parts: int = 1, num_work
         sampler=EpochSampler(dataset, batch_size),
         drop_last=True,
         num_workers=num_workers,
-        collate_fn=partial(collate, views=dataset.views),
+        collate_fn=collated(dataset.views),
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=outlive_first_signal,
         generator=torch.Generator().manual_seed(dataset.seed),  # else each epoch draws from the global generator

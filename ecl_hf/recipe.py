@@ -61,6 +61,13 @@ class DataConfig:
     """Directory of a split that `training/data.py build` made: its pictures are taken, if it is of this protocol."""
     augmentation: Literal["cifar", "imagenet"] = "cifar"
     """Supervised view: `cifar` (crop, AutoAugment, Cutout) or `imagenet` (resized crop, jitter, RandAugment)."""
+    streaming: bool = False
+    """Read the training pictures while they are needed, and never store them all; for splits that are long-tailed
+    already."""
+    class_counts: list[int] | None = None
+    """Training images of each class, for `streaming`; counted over the label column when not given."""
+    shuffle_buffer: int = 1000
+    """Pictures among which `streaming` chooses the next one."""
     horizontal_flip: bool = True
     """Whether a mirrored picture keeps its class; false for digits, text, left-right asymmetric defects."""
     on_error: Literal["raise", "skip"] = "raise"
@@ -75,6 +82,18 @@ class DataConfig:
         _require(
             self.max_count is None or self.max_count >= 1, f"data.max_count must be at least 1, got {self.max_count}"
         )
+        if self.streaming:
+            _require(
+                self.profile == "as_is" and self.split is None and self.test_fraction is None,
+                "data.streaming takes a split as it is: make one with `training/data.py build --pictures`, name its "
+                "directory in data.path, or publish it, and set data.profile as_is",
+            )
+        _require(self.streaming or self.class_counts is None, "data.class_counts belongs to data.streaming")
+        _require(
+            self.class_counts is None or min(self.class_counts, default=0) >= 1,
+            f"data.class_counts must be positive, got {self.class_counts}",
+        )
+        _require(self.shuffle_buffer >= 1, f"data.shuffle_buffer must be at least 1, got {self.shuffle_buffer}")
         for name in ("split_seed", "num_workers"):
             value = getattr(self, name)
             _require(value == "first" or value >= 0, f"data.{name} must not be negative, got {value}")

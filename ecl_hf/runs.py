@@ -45,7 +45,7 @@ class Progress:
         total_seconds: training time of the epochs before it.
         commit: of the code that began the run.
         sums: loss terms summed over the running epoch's micro-batches.
-        broken: rows of training pictures that could not be decoded, in the whole run.
+        broken: training pictures that could not be decoded, in the whole run: split, row, file and reason.
     """
 
     epoch: int = 0
@@ -55,7 +55,7 @@ class Progress:
     total_seconds: float = 0.0
     commit: str | None = None
     sums: dict[str, float] = field(default_factory=dict)
-    broken: list[int] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
 
     def line(self, lr: float, images_per_batch: int) -> dict[str, float]:
         """The epoch's entry in `metrics.jsonl`; epochs count from 1 there."""

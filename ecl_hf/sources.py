@@ -50,17 +50,17 @@ def read_source(config: DataConfig) -> Source:
         if config.test_fraction is not None:
             raise ValueError("the digits have a test split of their own: leave data.test_fraction out")
         splits = _digits()
-        _columns(splits["train"].features, config, name)
+        choose_columns(splits["train"].features, config, name)
         return Source(name, *splits.values(), class_names=[str(c) for c in range(10)])
     if config.path and (found := read_class_folders(directory(config), config)):
         splits, class_names = found
-        _columns(splits["train"].features, config, name)
+        choose_columns(splits["train"].features, config, name)
         return Source(name, splits["train"], splits.get("test"), class_names)
     loaded, stored = read_splits(config)
-    image, label = _columns(loaded["train"].features, config, name)
+    image, label = choose_columns(loaded["train"].features, config, name)
     splits, where = {}, {"train": config.train_split, "test": config.test_split}
     for key, split in loaded.items():
-        _columns(split.features, config, f"{name}, split {where[key]}")
+        choose_columns(split.features, config, f"{name}, split {where[key]}")
         columns = split.select_columns([image, label]).rename_columns({image: "image", label: "label"})
         splits[key] = columns
     class_names = _class_names(splits)
@@ -109,14 +109,14 @@ def read_splits(config: DataConfig) -> tuple[dict[str, datasets.Dataset], dict[s
     wanted = {"train": config.train_split} | ({} if config.test_fraction is not None else {"test": config.test_split})
     stored = {}
     if config.path and any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):
-        with _reading(name):
+        with reading(name):
             saved = datasets.load_from_disk(name)
         loaded = saved if isinstance(saved, dict) else {config.train_split: saved}
     else:
-        with _reading(name):
+        with reading(name):
             builder = datasets.load_dataset_builder(str(Path(name).resolve()) if config.path else name, config.subset)
         stored = _stored_names(builder, wanted, config)
-        with _reading(name):
+        with reading(name):
             builder.download_and_prepare()
             loaded = builder.as_dataset()
     for key, split in wanted.items():
@@ -127,7 +127,7 @@ def read_splits(config: DataConfig) -> tuple[dict[str, datasets.Dataset], dict[s
 
 
 @contextmanager
-def _reading(name: str) -> Iterator[None]:
+def reading(name: str) -> Iterator[None]:
     """Say which data set it is that can't be read, and why."""
     try:
         yield
@@ -146,9 +146,9 @@ def _stored_names(builder: datasets.DatasetBuilder, wanted: dict[str, str], conf
     for key, split in wanted.items():
         files = builder.config.data_files[split]
         for file in files if config.path else files[:1]:
-            with _reading(name), fsspec.open(file, "rb") as opened:
+            with reading(name), fsspec.open(file, "rb") as opened:
                 features = datasets.Features.from_arrow_schema(pq.read_schema(opened))
-            _, label = _columns(features, config, name)
+            _, label = choose_columns(features, config, name)
             if not isinstance(features[label], datasets.ClassLabel):
                 return {}
             names = features[label].names
@@ -162,7 +162,7 @@ def _stored_names(builder: datasets.DatasetBuilder, wanted: dict[str, str], conf
     return stored
 
 
-def _columns(features: datasets.Features, config: DataConfig, name: str) -> tuple[str, str]:
+def choose_columns(features: datasets.Features, config: DataConfig, name: str) -> tuple[str, str]:
     """Names of the image and label columns: as configured, else by their types, else `label`."""
 
     def choose(configured: str | None, kind: type, what: str) -> str:

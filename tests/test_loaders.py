@@ -79,11 +79,13 @@ def test_broken_picture_is_replaced_by_the_next_with_its_label(damaged, keep, wo
         batches = list(train_loader(dataset, 5, num_workers=workers))
         assert [len(batch["labels"]) for batch in batches] == [5, 5]
         whole = {
-            name: torch.cat([batch[name] for batch in batches]).flatten(1 - (name != "number")) for name in batches[0]
+            name: torch.cat([batch[name] for batch in batches]).flatten(1 - (name != "number"))
+            for name in ("number", "labels")
         }
         assert whole["number"][:, 0].tolist() == [shown[row] for row in rows]
         assert whole["labels"].tolist() == [shown[row] % 3 for row in rows]
-        assert whole["broken"].tolist() == [row if row in BROKEN else -1 for row in rows]
+        found = [message for batch in batches for message in batch["broken"]]
+        assert found == [dataset.defects([row])[0] for row in rows if row in BROKEN]
     assert dataset.defects(BROKEN) == [
         "train row 2, ant/2.png: empty file",
         "train row 3, ant/3.png: the file is not there",

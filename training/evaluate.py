@@ -98,6 +98,9 @@ def transfer_arrays(
 ) -> dict[str, np.ndarray]:
     """Fig. 2 of a run, over its training split; each process takes a part of the images."""
     recipe = Recipe.from_file(run.recipe_file)
+    if recipe.data.streaming:
+        accelerator.print("Fig. 2 is left out: the training pictures are streamed")
+        return {}
     method = METHODS[recipe.method]
     if len(model.experts) == 1 or {SHUFFLED, INVERTED} & set(method.terms):
         accelerator.print(
@@ -118,7 +121,7 @@ def transfer_arrays(
     arrays = collect_transfer(
         model,
         references,
-        ({name: tensor.to(accelerator.device) for name, tensor in batch.items()} for batch in loader),
+        ({name: batch[name].to(accelerator.device) for name in ("pixel_values", "labels")} for batch in loader),
         weighted=bool({BALANCED, BALANCED_DETACHED} & set(method.terms)),
         temperature=recipe.loss.temperature,
         reduce=lambda tensor: accelerator.reduce(tensor, "sum"),
@@ -142,7 +145,7 @@ def landscape_arrays(
         batch_size,
         on_error=REPLACE[on_error],
     )
-    batches = [{name: tensor.to(accelerator.device) for name, tensor in batch.items()} for batch in loader]
+    batches = [{name: batch[name].to(accelerator.device) for name in ("pixel_values", "labels")} for batch in loader]
     mine = list(range(DIRECTIONS))[accelerator.process_index :: accelerator.num_processes]
     points = landscape(model, batches, MAGNITUDES, mine)
     curves = {seed: (points["loss"][s], points["accuracy"][s]) for s, seed in enumerate(mine)}

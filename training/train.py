@@ -21,6 +21,7 @@ import datasets
 import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, skip_first_batches
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object, set_seed
 from huggingface_hub.utils import disable_progress_bars
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
@@ -39,6 +40,7 @@ from ecl_hf.modeling_ecl import upload_directory
 from ecl_hf.pictures import BrokenPictureError
 from ecl_hf.recipe import Recipe
 from ecl_hf.runs import Progress, RunFolder, describe_environment, describe_model, flatten
+from ecl_hf.streaming import StreamedViews, StreamSampler, stream_loader
 from ecl_hf.views import contrastive_view, evaluation_view, supervised_view
 
 CARD = Path(__file__).resolve().parents[1] / "hub_cards" / "model_card.md"
@@ -71,6 +73,11 @@ def report(run: RunFolder) -> str:
         lines += ["with test-time horizontal flip", format_table(results["test"]["flip"])]
     lines += [f"{run.results_file}: all numbers", f"{run.model}: the model, for from_pretrained and pipeline"]
     return "\n".join(lines)
+
+
+def in_order(name: str) -> tuple[int, str]:
+    """Key that sorts "train row 9, ..." before "train row 12, ..."."""
+    return len(name.partition(",")[0]), name
 
 
 def or_exit(batches: Iterable) -> Iterator:
@@ -115,8 +122,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         run.check(recipe, args.resume)
         with accelerator.main_process_first():
             data = load_longtailed(recipe.data)
-        if recipe.batch_size > len(data.train):
-            raise ValueError(f"batch_size {recipe.batch_size} exceeds the training split of {len(data.train)} images")
+        images = sum(data.class_counts)
+        if recipe.batch_size > images:
+            raise ValueError(f"batch_size {recipe.batch_size} exceeds the training split of {images} images")
         set_seed(recipe.seed)
         model = initialise_model(recipe.model, method, data.class_counts, data.class_names)
         view_config, skip = model.config.pretrained_cfg, recipe.data.on_error == "skip"
@@ -124,7 +132,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
         if "momentum" in method.needs:
             views["contrast_pixel_values"] = contrastive_view(view_config, recipe.data.horizontal_flip)
         on_error = "replace" if skip else "raise"
-        train_set = ViewDataset(data.train, views, recipe.seed, on_error=on_error, keep=recipe.epochs > 1)
+        if recipe.data.streaming:
+            train_set = StreamedViews(views, recipe.seed, on_error)
+        else:
+            train_set = ViewDataset(data.train, views, recipe.seed, on_error=on_error, keep=recipe.epochs > 1)
         size = describe_model(model)
         environment = describe_environment(processes, accelerator.device)
         if recipe.hub.push and accelerator.is_main_process:
@@ -141,7 +152,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
         say(f"{run.path} is finished already\n{report(run)}")
         return run.path
 
-    loader = train_loader(train_set, recipe.batch_size, processes * accumulation, recipe.data.num_workers)
+    sizes = (recipe.batch_size, processes * accumulation, recipe.data.num_workers)
+    if recipe.data.streaming:
+        share = (recipe.batch_size, accelerator.process_index, processes, recipe.data.shuffle_buffer)
+        loader = stream_loader(StreamSampler(train_set, data.train, images, *share), *sizes)
+        # Each process has its part already: Accelerate moves the batches and divides nothing.
+        loader = prepare_data_loader(loader, accelerator.device, 1, 0, put_on_device=True)
+    else:
+        loader = accelerator.prepare(train_loader(train_set, *sizes))
     test = evaluation_loader(
         data.test, evaluation_view(view_config), 256, recipe.data.num_workers, on_error="mark" if skip else "raise"
     )
@@ -150,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     set_seed(recipe.seed, device_specific=True)
     if recipe.train.compile:
         task.compile()
-    task, optimizer, loader, test = accelerator.prepare(task, optimizer, loader, test)
+    task, optimizer, test = accelerator.prepare(task, optimizer, test)
     plain = accelerator.unwrap_model(task)
 
     total_steps = recipe.epochs * (len(loader) // accumulation)
@@ -184,8 +202,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         broken = set(progress.broken)
         started = time.perf_counter()
         for batch in or_exit(batches):
+            del batch["indices"]
             if skip:
-                broken |= set(batch.pop("broken").tolist()) - {-1}
+                broken.update(batch.pop("broken"))
             with accelerator.accumulate(task):
                 out = task(**batch)
                 if not out["loss"].isfinite():
@@ -208,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
                 if progress.step == last_step:
                     break
         progress.seconds += time.perf_counter() - started
-        progress.broken = sorted(set(gather_object(list(broken))))
+        progress.broken = sorted(set(gather_object(list(broken))), key=in_order)
         progress.sums = {name: accelerator.reduce(value, "mean").item() for name, value in sums.items()}
         line = progress.line(lr=scheduler.get_last_lr()[0], images_per_batch=recipe.batch_size // accumulation)
         bar.set_postfix(epoch=line["epoch"], loss=f"{line['loss']:.3f}")
@@ -255,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             "broken_pictures": {
                 "train": len(progress.broken),
                 "test": len(predictions.left_out),
-                "first": train_set.defects(progress.broken[:10]) + test.dataset.defects(predictions.left_out[:10]),
+                "first": progress.broken[:10] + test.dataset.defects(predictions.left_out[:10]),
             },
             "class_counts": counts,
             "class_names": data.class_names,

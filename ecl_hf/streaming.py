@@ -1,0 +1,196 @@
+"""Training pictures that are read while they are needed, from the Hub or local files, and never all stored.
+
+The main process reads the files as they are stored and shuffles them in a buffer; loading processes decode and augment.
+So the order depends on (seed, epoch, process) alone, and the batches before an interruption are skipped undecoded.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from datasets.distributed import split_dataset_by_node
+from datasets.packaged_modules.parquet.parquet import Parquet
+from torch.utils.data import DataLoader, Sampler
+
+from ecl_hf.loaders import OnError, collated, draw, own_generators
+from ecl_hf.pictures import BrokenPictureError, content, decode
+from ecl_hf.recipe import DataConfig
+from ecl_hf.sources import choose_columns, reading
+from ecl_hf.views import View
+
+
+def open_streams(config: DataConfig) -> tuple[datasets.IterableDataset, datasets.Dataset, list[int], list[str]]:
+    """Open a data set whose training pictures are streamed; the test pictures are stored on disk.
+
+    Returns:
+        Training pictures as they are stored, test pictures, class counts and class names.
+
+    Raises:
+        FileNotFoundError: there is no data set.
+        ValueError: a split or column is missing, a label lies outside the classes, or the class counts do not fit.
+    """
+    name = config.path or config.source
+    with reading(name):
+        builder = datasets.load_dataset_builder(str(Path(name).resolve()) if config.path else name, config.subset)
+        streams = builder.as_streaming_dataset()
+    parts = {"train": config.train_split, "test": config.test_split}
+    for key, split in parts.items():
+        if split not in streams:
+            raise ValueError(f"{name} has no split {split!r} (data.{key}_split); it has {', '.join(streams)}")
+        parts[key] = streams[split] if streams[split].features else streams[split]._resolve_features()
+    image, label = choose_columns(parts["train"].features, config, name)
+    feature = parts["train"].features[label]
+    if feature.dtype == "string":
+        raise ValueError(f"{name}: streaming needs labels that are numbers, column {label!r} holds strings")
+    names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    counts = config.class_counts or count_labels(builder, config, parts["train"], label, names)
+    if names is not None and len(counts) != len(names):
+        raise ValueError(f"data.class_counts has {len(counts)} numbers, but {name} has {len(names)} classes")
+    names = names or [str(c) for c in range(len(counts))]
+    if empty := [names[c] for c, count in enumerate(counts) if not count]:
+        raise ValueError(f"{name} has no training image of {len(empty)} classes: {', '.join(empty[:10])}")
+    for key, part in parts.items():
+        new = {old: name for old, name in ((image, "image"), (label, "label")) if old != name}
+        columns = part.cast_column(image, datasets.Image(decode=False))  # first of all: each step would decode
+        parts[key] = (
+            columns.select_columns([image, label])
+            .rename_columns(new)
+            .cast_column("label", datasets.ClassLabel(names=names))
+        )
+    test = datasets.Dataset.from_generator(_rows, features=parts["test"].features, gen_kwargs={"stream": parts["test"]})
+    return parts["train"], test, list(counts), names
+
+
+def _rows(stream: datasets.IterableDataset) -> Iterator[dict[str, Any]]:
+    yield from stream
+
+
+def count_labels(
+    builder: datasets.DatasetBuilder,
+    config: DataConfig,
+    stream: datasets.IterableDataset,
+    label: str,
+    names: list[str] | None,
+) -> list[int]:
+    """Training images of each class, [C]; of parquet files nothing but the label column is read."""
+    found: Counter[int | None] = Counter()
+    if isinstance(builder, Parquet):
+        for file in builder.config.data_files[config.train_split]:
+            with fsspec.open(file, "rb") as opened:
+                column = pq.read_table(opened, columns=[label])[label]
+            found.update({pair["values"]: pair["counts"] for pair in pc.value_counts(column).to_pylist()})
+    else:
+        found.update(row[label] for row in stream.select_columns([label]))
+    wrong = [number for number in found if number is None or number < 0 or (names and number >= len(names))]
+    if wrong:
+        raise ValueError(f"{config.path or config.source}, column {label}: {found[wrong[0]]} labels are {wrong[0]}")
+    return [found[c] for c in range(len(names) if names else max(found) + 1)]
+
+
+class StreamedViews(torch.utils.data.Dataset):
+    """Records of a stream through one or more views; what `DataLoader` calls an index is a record here.
+
+    Args:
+        views: output name -> view.
+        seed: of the random augmentation, together with the picture's place in the epoch and the attribute `epoch`.
+        on_error: "raise", or "replace": the next picture of the batch that can be decoded takes the place.
+    """
+
+    def __init__(self, views: dict[str, View], seed: int = 0, on_error: OnError = "raise") -> None:
+        self.views = views
+        self.seed = seed
+        self.on_error = on_error
+        self.epoch = 0
+
+    def __getitems__(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """A batch; global random generators are left as they were."""
+        decoded = [self._decode(record["image"]) for record in records]
+        good = [i for i, image in enumerate(decoded) if not isinstance(image, str)]
+        if not good:
+            raise BrokenPictureError(f"no picture of a batch can be decoded, the first is {decoded[0]}")
+        items = []
+        with own_generators():
+            for i, record in enumerate(records):
+                chosen = min(good, key=lambda j, i=i: (j - i) % len(records))
+                item = draw(self.views, decoded[chosen], [self.seed, self.epoch, record["place"]])
+                item |= {"labels": records[chosen]["label"], "indices": record["place"]}
+                if self.on_error == "replace":
+                    item["broken"] = "" if chosen == i else decoded[i]
+                items.append(item)
+        return items
+
+    def _decode(self, image: dict[str, Any]) -> Any:
+        """A picture, or what is wrong with it."""
+        where = "train picture"
+        if not image["path"]:
+            where += f" with SHA-256 {hashlib.sha256(content(image)).hexdigest()[:16]}"
+        try:
+            return decode(image, where)
+        except BrokenPictureError as error:
+            if self.on_error == "raise":
+                raise
+            return str(error)
+
+
+class StreamSampler(Sampler[dict[str, Any]]):
+    """One process's part of a stream in the order of the data set's epoch: full batches, no more.
+
+    Whole files go to each process if their number allows, else each takes every n-th picture. A process whose files
+    hold too few pictures for its batches reads them again.
+    """
+
+    def __init__(
+        self,
+        dataset: StreamedViews,
+        stream: datasets.IterableDataset,
+        images: int,
+        batch_size: int,
+        process: int = 0,
+        processes: int = 1,
+        shuffle_buffer: int = 1000,
+    ) -> None:
+        self.dataset = dataset
+        shuffled = stream.shuffle(seed=dataset.seed, buffer_size=shuffle_buffer)
+        self.stream = split_dataset_by_node(shuffled, process, processes)
+        self.images = images
+        self.process, self.processes = process, processes
+        self.length = images // batch_size * batch_size // processes
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.stream.set_epoch(self.dataset.epoch)
+        given = 0
+        while given < self.length:
+            before = given
+            for record in self.stream:
+                yield record | {"place": given * self.processes + self.process}
+                given += 1
+                if given == self.length:
+                    return
+            if self.processes == 1 or given == before:
+                raise ValueError(
+                    f"the stream ended after {given} pictures, but the class counts are {self.images} in all"
+                )
+
+
+def stream_loader(sampler: StreamSampler, batch_size: int, parts: int = 1, num_workers: int = 0) -> DataLoader:
+    """Batches of one process, each in equal parts; already divided among processes, so nothing else may divide them."""
+    return DataLoader(
+        sampler.dataset,
+        batch_size // parts,
+        sampler=sampler,
+        drop_last=True,
+        num_workers=num_workers,
+        collate_fn=collated(sampler.dataset.views),
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(sampler.dataset.seed),
+    )
