@@ -12,7 +12,9 @@ from ecl_hf.losses import full_precision
 class MomentumEncoder(nn.Module):
     """Moving average of an encoder with its projector: [B, 3, H, W] -> L2-normalised keys [B, P].
 
-    It starts as a copy of both. BatchNorm keeps running statistics of its own, from the key view's batches.
+    It starts as a copy of both, and only parameters follow. BatchNorm normalises keys by their own batch (of this
+    process, or of all with `train.sync_batchnorm`) and keeps running statistics of its own, which training never reads;
+    they are not those of the experts, and no part of the published model.
     """
 
     def __init__(self, encoder: nn.Module, projector: nn.Module) -> None:

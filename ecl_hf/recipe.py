@@ -194,6 +194,13 @@ class TrainConfig:
     """Epochs between checkpoints for `--resume`; one is also written at the end."""
     keep_last: int = 2
     """Checkpoints to keep."""
+    on_nonfinite: Literal["raise", "skip"] = "raise"
+    """Losses and gradients that are not finite: `raise` stops before the optimiser moves and names them; `skip` leaves
+    such steps out, and says how many there were."""
+    sync_batchnorm: bool = False
+    """BatchNorm over the images of all processes instead of each one's own."""
+    timeout: float = 30.0
+    """Minutes that a process waits for another one before it gives up."""
     max_steps: int | None = None
     """Stop after this many optimiser steps with a checkpoint; the schedule stays that of all epochs."""
 
@@ -201,6 +208,7 @@ class TrainConfig:
         _check_values(self, "train.")
         for name in ("gradient_accumulation_steps", "checkpoint_every", "keep_last"):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
+        _require(self.timeout > 0, f"train.timeout must be positive, got {self.timeout}")
         _require(
             self.max_steps is None or self.max_steps >= 1, f"train.max_steps must be at least 1, got {self.max_steps}"
         )

@@ -6,11 +6,13 @@ checkpoints/     resumable state
 """
 
 import json
+import math
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -20,12 +22,15 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
+from ecl_hf.checkpoints import discard, find_defect, publish, remove_partial, synchronise
+from ecl_hf.interruption import writing
+from ecl_hf.locks import FolderLock
 from ecl_hf.modeling_ecl import ECLForImageClassification
 from ecl_hf.recipe import Recipe
 
 FREE_TO_CHANGE = (
     *("train.max_steps", "train.checkpoint_every", "train.keep_last", "data.path", "data.num_workers"),
-    "data.on_error",
+    *("train.on_nonfinite", "train.timeout", "data.on_error", "data.train_list", "data.test_list", "data.split"),
     *("hub.push", "hub.repo_id", "hub.private", "hub.every", "hub.license"),
 )
 """Recipe keys that may differ when a run is continued."""
@@ -46,6 +51,8 @@ class Progress:
         commit: of the code that began the run.
         sums: loss terms summed over the running epoch's micro-batches.
         broken: training pictures that could not be decoded, in the whole run: split, row, file and reason.
+        skipped: optimiser steps of the whole run that were left out: not finite, or overflown in half precision.
+        missing: micro-batches of the running epoch that are not in its sums, because their step was left out.
     """
 
     epoch: int = 0
@@ -56,18 +63,30 @@ class Progress:
     commit: str | None = None
     sums: dict[str, float] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
+    skipped: int = 0
+    missing: int = 0
+
+    @property
+    def updates(self) -> int:
+        """Optimiser steps that moved the weights."""
+        return self.step - self.skipped
 
     def line(self, lr: float, images_per_batch: int) -> dict[str, float]:
         """The epoch's entry in `metrics.jsonl`; epochs count from 1 there."""
-        means = {name: value / self.batch for name, value in self.sums.items()}
+        means = {name: value / (self.batch - self.missing) for name, value in self.sums.items()}
         speed = {"images_per_second": self.batch * images_per_batch / self.seconds, "lr": lr}
         return {"epoch": self.epoch + 1, "step": self.step, **means, **speed}
 
     def next_epoch(self) -> "Progress":
         """The start of the epoch after this one."""
         seconds = self.total_seconds + self.seconds
-        kept = {"step": self.step, "commit": self.commit, "broken": self.broken}
+        kept = {"step": self.step, "commit": self.commit, "broken": self.broken, "skipped": self.skipped}
         return Progress(epoch=self.epoch + 1, total_seconds=seconds, **kept)
+
+
+def cosine(step: int, total: int) -> float:
+    """The learning rate's factor in an optimiser step, counted from 0: from 1 to 0 along half a cosine."""
+    return (1 + math.cos(math.pi * step / total)) / 2
 
 
 class RunFolder:
@@ -80,14 +99,20 @@ class RunFolder:
         self.results_file = self.path / "results.json"
         self.model = self.path / "model"
         self.checkpoints = self.path / "checkpoints"
+        self.lock = FolderLock(self.path)
 
     @property
     def finished(self) -> bool:
         """Whether all epochs are trained and tested."""
         return self.results_file.exists() and json.loads(self.results_file.read_text()).get("finished", False)
 
-    def check(self, recipe: Recipe, resume: bool) -> None:
+    def check(self, recipe: Recipe, resume: bool, changed: bool = False) -> None:
         """See that the run can begin here, or with `resume` that it can go on.
+
+        Args:
+            recipe: of this run.
+            resume: whether to continue the run that is there, if one is.
+            changed: whether its recipe may be another one.
 
         Raises:
             FileExistsError: the folder is in use, or is no folder.
@@ -98,14 +123,28 @@ class RunFolder:
         if self.recipe_file.exists():
             if not resume:
                 raise FileExistsError(f"output_dir {self.path} holds a run already; continue it with --resume")
-            self._compare(recipe)
-        elif self.path.exists() and any(self.path.iterdir()):
+            if not changed:
+                self._compare(recipe)
+        elif self.path.exists() and {path.name for path in self.path.iterdir()} - {self.lock.file.name}:
             raise FileExistsError(f"output_dir {self.path} is not empty and holds no run; choose another")
 
-    def open(self, recipe: Recipe) -> None:
-        """Make the folder and write the recipe; an OSError says that it can't be written."""
+    def open(self, recipe: Recipe, resume: bool = False, changed: bool = False) -> None:
+        """Make the folder, lock it, clear away what a killed process left half-written, and write the recipe.
+
+        Raises:
+            FileExistsError: another training holds the folder, or did since `check`.
+            OSError: it can't be written.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
+        self.lock.acquire()
+        self.check(recipe, resume, changed)
+        remove_partial(self.path)
+        remove_partial(self.checkpoints)
         write_atomically(self.recipe_file, yaml.safe_dump(asdict(recipe), sort_keys=False))
+
+    def close(self) -> None:
+        """Unlock the folder."""
+        self.lock.release()
 
     def _compare(self, recipe: Recipe) -> None:
         old, new = flatten(asdict(Recipe.from_file(self.recipe_file))), flatten(asdict(recipe))
@@ -115,21 +154,39 @@ class RunFolder:
             if old[key] != new[key] and key not in FREE_TO_CHANGE
         ]
         if changed:
-            raise ValueError(f"{self.path} was begun with another recipe, can't resume: {'; '.join(changed)}")
+            raise ValueError(
+                f"{self.path} was begun with another recipe, can't resume: {'; '.join(changed)}; "
+                "--allow_changes goes on with the new one"
+            )
 
     def partial_checkpoint(self, step: int) -> Path:
         """Where the checkpoint of an optimiser step is written before it counts."""
         return self.checkpoints / f".step_{step:08d}.partial"
 
+    @contextmanager
+    def writing_checkpoint(self, step: int) -> Iterator[Path]:
+        """The folder to write the checkpoint of a step into; if that fails, it is deleted and an OSError says why."""
+        partial = self.partial_checkpoint(step)
+        try:
+            with writing(self.checkpoints):
+                yield partial
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
     def publish_checkpoint(self, progress: Progress, keep_last: int) -> None:
         """Make a completely written checkpoint count, and delete old ones."""
         partial = self.partial_checkpoint(progress.step)
         (partial / "progress.json").write_text(json.dumps(asdict(progress)))
-        target = self.checkpoints / f"step_{progress.step:08d}"
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        for old in sorted(self.checkpoints.glob("step_*"))[:-keep_last]:
-            shutil.rmtree(old)
+        target = self._checkpoint(progress.step)
+        publish(partial, target)
+        found = sorted(self.checkpoints.glob("step_*"))
+        kept = [path for path in found if path <= target][-keep_last:]
+        for old in set(found) - set(kept):  # later ones are damaged: the run would have gone on from them
+            discard(old)
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step:08d}"
 
     @staticmethod
     def read_progress(checkpoint: Path) -> Progress:
@@ -137,8 +194,29 @@ class RunFolder:
         return Progress(**json.loads((checkpoint / "progress.json").read_text()))
 
     def newest_checkpoint(self) -> Path | None:
-        """The checkpoint to resume from."""
+        """The checkpoint of the latest step."""
         return max(self.checkpoints.glob("step_*"), default=None)
+
+    def resumable_checkpoint(self, say: Callable[[str], None] | None = None) -> Path | None:
+        """The newest undamaged checkpoint; None if there is none at all.
+
+        Args:
+            say: gets a sentence about each newer one that is damaged.
+
+        Raises:
+            ValueError: all are damaged.
+        """
+        defects = []
+        for checkpoint in sorted(self.checkpoints.glob("step_*"), reverse=True):
+            defect = find_defect(checkpoint)
+            if defect is None:
+                return checkpoint
+            defects.append(f"{checkpoint}: {defect}")
+            if say:
+                say(f"damaged checkpoint {defects[-1]}; looking for the one before")
+        if defects:
+            raise ValueError(f"no checkpoint is whole ({'; '.join(defects)}); delete them to start again")
+        return None
 
     def log(self, line: dict[str, Any]) -> None:
         """Append an epoch to `metrics.jsonl`; lines of the same or later epochs, from before a resume, go."""
@@ -154,8 +232,9 @@ class RunFolder:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         add_card(partial)
-        model.save_pretrained(partial)
-        shutil.rmtree(self.model, ignore_errors=True)
+        with writing(partial):
+            model.save_pretrained(partial)
+        discard(self.model)
         partial.rename(self.model)
         write_atomically(self.results_file, json.dumps(results, indent=1) + "\n")
 
@@ -164,6 +243,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old or the new content, never a part."""
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(text)
+    synchronise(temporary)
     temporary.replace(path)
 
 

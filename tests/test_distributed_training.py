@@ -14,6 +14,9 @@ import train
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
+from ecl_hf.collaborative import CollaborativeTask
+from tests.children import start, start_connected
+
 SCRIPT = Path(__file__).parents[1] / "training" / "train.py"
 FLAGS = [
     "--method=ecl",
@@ -43,21 +46,58 @@ def checkpoint(run: Path) -> dict[str, torch.Tensor]:
     return load_file(max((run / "checkpoints").iterdir()) / "model.safetensors")
 
 
-def test_two_processes_equal_one(tmp_path):
-    for processes in (1, 2):
-        done = launch(processes, tmp_path / str(processes), ACCELERATE_USE_CPU="true")
-        assert done.returncode == 0, done.stderr
-    one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("1", "2"))
-    assert [result["machine"]["processes"] for result in (one, two)] == [1, 2]
-    assert one["steps"] == two["steps"]
-    assert one["test_images"] == two["test_images"] == 400
-    # Weights of experts and train-only branches, momentum encoders and queues
+@pytest.mark.parametrize(
+    ("flags", "accumulation"),
+    [
+        # LayerNorm; the statistics of BatchNorm would see half of the batch
+        (["--model.architecture=test_vit", "--model.image_size=32"], 2),
+        (["--train.sync_batchnorm=true"], 1),
+    ],
+)
+def test_two_processes_equal_one(flags, accumulation, tmp_path):
+    """The smallest class has one picture, and the last 13 pictures of an epoch fill no batch."""
+    flags = [*flags, "--epochs=1", "--data.max_count=25", "--data.imbalance_factor=25"]
+    split = f"--train.gradient_accumulation_steps={accumulation}"
+    one = start(tmp_path / "1", *flags)
+    two = start_connected(2, tmp_path / "2", *flags, split)
+    assert [child.wait() for child in (one, *two)] == [0, 0, 0], [child.said for child in (one, *two)]
+    results = [json.loads((tmp_path / n / "results.json").read_text()) for n in ("1", "2")]
+    assert [result["machine"]["processes"] for result in results] == [1, 2]
+    assert results[0]["class_counts"][-1] == 1
+    assert results[0]["steps"] == results[1]["steps"] == sum(results[0]["class_counts"]) // 16
+    assert sum(results[0]["class_counts"]) % 16
+    assert results[0]["test_images"] == results[1]["test_images"] == 400
+    # Weights of experts and train-only branches, running statistics, momentum encoders and queues
     ours, theirs = checkpoint(tmp_path / "1"), checkpoint(tmp_path / "2")
-    assert {"queue.keys", "queue.cursor"} < ours.keys()
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert {"queue.keys", "queue.cursor", "momentum.0.projector.0.weight"} < ours.keys()
+    assert ours["queue.cursor"] == results[0]["steps"] * 16 % 40
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    for flip, parts in results[0]["test"].items():
+        assert parts["ensemble"] == pytest.approx(results[1]["test"][flip]["ensemble"], abs=1e-5)
     lines = [json.loads((tmp_path / n / "metrics.jsonl").read_text().splitlines()[-1]) for n in ("1", "2")]
     for name in ("loss", "supervision", "reference", "logit", "feature", "contrastive"):
-        assert lines[0][name] == pytest.approx(lines[1][name], rel=1e-4)
+        assert lines[0][name] == pytest.approx(lines[1][name], rel=1e-5)
+
+
+def compare_queues() -> None:
+    """Put other keys into this process's queue, and see that they are still there before the next step's."""
+    enqueue, left = CollaborativeTask.enqueue, []
+
+    def enqueue_and_mark(task: CollaborativeTask, keys: torch.Tensor) -> None:
+        if all(torch.equal(task.queue.keys, keys) for keys in left[-1:]):
+            sys.stdout.write("the queue is as it was left\n")
+        enqueue(task, keys)
+        task.queue.keys.neg_()
+        left.append(task.queue.keys.clone())
+
+    CollaborativeTask.enqueue = enqueue_and_mark
+
+
+def test_queues_are_not_sent_in_every_step(tmp_path):
+    """DistributedDataParallel would overwrite the queue of the second process with that of the first."""
+    children = start_connected(2, tmp_path / "run", "--train.max_steps=3", faults={1: compare_queues})
+    assert [child.wait() for child in children] == [0, 0], [child.said for child in children]
+    assert children[1].said.count("the queue is as it was left") == 3
 
 
 def test_two_processes_test_each_picture_once(tmp_path):

@@ -9,11 +9,14 @@ Mixed precision and devices are Accelerate's own flags (`accelerate launch --mix
 """
 
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -22,24 +25,29 @@ import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, skip_first_batches
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object, set_seed
 from huggingface_hub.utils import disable_progress_bars
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from timm.utils import distribute_bn
 from tqdm import tqdm
 
+from ecl_hf.batchnorm import synchronise_batchnorm
+from ecl_hf.checkpoints import load_statistics, save_statistics
 from ecl_hf.collaborative import CollaborativeTask
 from ecl_hf.data import load_longtailed
 from ecl_hf.evaluation import format_table, predict, summarise
+from ecl_hf.finite import StepCheck, check_weights
 from ecl_hf.hub import BackgroundUpload, check_upload, write_card
 from ecl_hf.initialise import initialise_model
+from ecl_hf.interruption import STOPPED, StopRequest, plain_errors
+from ecl_hf.launch import check_launch
 from ecl_hf.loaders import ViewDataset, evaluation_loader, train_loader
 from ecl_hf.methods import METHODS
 from ecl_hf.metrics import shot_groups
 from ecl_hf.modeling_ecl import upload_directory
 from ecl_hf.pictures import BrokenPictureError
 from ecl_hf.recipe import Recipe
-from ecl_hf.runs import Progress, RunFolder, describe_environment, describe_model, flatten
+from ecl_hf.runs import Progress, RunFolder, cosine, describe_environment, describe_model, flatten
 from ecl_hf.streaming import StreamedViews, StreamSampler, stream_loader
 from ecl_hf.views import contrastive_view, evaluation_view, supervised_view
 
@@ -55,6 +63,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Recipe, Namespace]:
     Recipe.add_arguments(parser)
     parser.add_argument("--output_dir", type=Path, required=True, help="Run folder to write")
     parser.add_argument("--resume", action="store_true", help="Continue the run in output_dir, if there is one")
+    parser.add_argument("--allow_changes", action="store_true", help="Continue it although the recipe has changed")
     parser.add_argument("--report_to", nargs="+", default=[], help="Trackers: tensorboard, trackio, ...")
     args = parser.parse_args(argv)
     try:
@@ -91,26 +100,34 @@ def or_exit(batches: Iterable) -> Iterator:
 def main(argv: Sequence[str] | None = None) -> Path:
     """Train, evaluate the last epoch and write the run folder, whose path is returned."""
     recipe, args = parse(argv)
+    with plain_errors(), StopRequest() as stop, closing(RunFolder(args.output_dir)) as run:
+        return train(recipe, args, run, stop)
+
+
+def train(recipe: Recipe, args: Namespace, run: RunFolder, stop: StopRequest) -> Path:
+    """What `main` says, until `stop` is asked for."""
     datasets.disable_progress_bars()
     disable_progress_bars()  # of uploads, which would mix with those of the training
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     accumulation = recipe.train.gradient_accumulation_steps
-    run = RunFolder(args.output_dir)
 
     # Everything that the user may have got wrong is found here, before anything is trained.
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=accumulation,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=timedelta(minutes=recipe.train.timeout)),
+            ],
             log_with=args.report_to or None,
             project_dir=args.output_dir,
         )
         if absent := set(args.report_to) - {tracker.value for tracker in accelerator.log_with}:
             raise ValueError(f"report_to: {', '.join(absent)} is not installed")
         processes = accelerator.num_processes
-        if (launched := int(os.environ.get("WORLD_SIZE", 1))) != processes:
-            raise ValueError(f"{launched} processes were launched, but each trains alone: set ACCELERATE_USE_CPU=true")
+        say = tqdm.write if accelerator.is_main_process else (lambda _: None)
+        check_launch(os.environ, processes)
         if recipe.method not in METHODS:
             raise ValueError(f"unknown method {recipe.method!r}; choose from {', '.join(METHODS)}")
         method = METHODS[recipe.method]
@@ -119,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             raise ValueError(
                 f"batch_size {recipe.batch_size} is no multiple of {processes} processes x {accumulation} micro-batches"
             )
-        run.check(recipe, args.resume)
+        run.check(recipe, args.resume, args.allow_changes)
         with accelerator.main_process_first():
             data = load_longtailed(recipe.data)
         images = sum(data.class_counts)
@@ -141,13 +158,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
         if recipe.hub.push and accelerator.is_main_process:
             check_upload(recipe.hub.repo_id, recipe.hub.private or None)
         accelerator.wait_for_everyone()
+        checkpoint = None
         if accelerator.is_main_process:
-            run.open(recipe)
+            run.open(recipe, args.resume, args.allow_changes)
+            checkpoint = None if run.finished else run.resumable_checkpoint(say)
     except BrokenPictureError as error:
         sys.exit(f"error: {error}; {SKIP}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    say = tqdm.write if accelerator.is_main_process else (lambda _: None)
     if args.resume and run.finished:
         say(f"{run.path} is finished already\n{report(run)}")
         return run.path
@@ -165,6 +183,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     )
     task = CollaborativeTask(model, method, recipe.loss).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD((p for p in task.parameters() if p.requires_grad), foreach=True, **asdict(recipe.optim))
+    if recipe.train.sync_batchnorm and processes > 1:
+        task = synchronise_batchnorm(task, accelerator.device)
     set_seed(recipe.seed, device_specific=True)
     if recipe.train.compile:
         task.compile()
@@ -173,14 +193,17 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     total_steps = recipe.epochs * (len(loader) // accumulation)
     last_step = min(total_steps, recipe.train.max_steps or total_steps)
-    # Accelerate would move a prepared schedule once per process.
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer.optimizer, T_max=total_steps)
-    accelerator.register_for_checkpointing(scheduler)
     accelerator.init_trackers("ecl_hf", {key: str(value) for key, value in flatten(asdict(recipe)).items()})
     progress = Progress(commit=environment["commit"])
-    if args.resume and (checkpoint := run.newest_checkpoint()):
-        accelerator.load_state(checkpoint)
-        progress = run.read_progress(checkpoint)
+    [checkpoint] = broadcast_object_list([checkpoint])
+    if checkpoint:
+        try:
+            accelerator.load_state(checkpoint)
+            load_statistics(plain, checkpoint, accelerator.process_index)
+            progress = run.read_progress(checkpoint)
+        except Exception as error:  # of whatever wrote or reads it
+            sys.exit(f"error: {checkpoint} does not fit this recipe and version: {error}")
+        optimizer.param_groups[0].update(asdict(recipe.optim))
         say(f"continuing after step {progress.step}")
     counts = data.class_counts
     say(
@@ -194,61 +217,82 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if recipe.hub.every and accelerator.is_main_process:
         upload = BackgroundUpload(recipe.hub.repo_id, tqdm.write)
     bar = tqdm(total=last_step, initial=progress.step, unit="step", disable=not accelerator.is_main_process)
+    undo = recipe.train.on_nonfinite == "skip"
+    check = StepCheck(plain, accelerator.reduce, gradients=accelerator.scaler is None, undo=undo)
     task.train()
-    while progress.step < last_step:
+    stop.deferred, stopping = True, False
+    while progress.step < last_step and not stopping:
         train_set.epoch = progress.epoch
         batches = skip_first_batches(loader, progress.batch)
         sums = {name: torch.tensor(value, device=accelerator.device) for name, value in progress.sums.items()}
         broken = set(progress.broken)
         started = time.perf_counter()
         for batch in or_exit(batches):
-            del batch["indices"]
+            pictures = batch.pop("indices")
             if skip:
                 broken.update(batch.pop("broken"))
             with accelerator.accumulate(task):
                 out = task(**batch)
-                if not out["loss"].isfinite():
-                    terms = {name: value.item() for name, value in out["terms"].items()}
-                    raise FloatingPointError(f"the loss is not finite in step {progress.step + 1}: {terms}")
                 accelerator.backward(out["loss"])
-                optimizer.step()
+                check.add(out, None if out["keys"] is None else accelerator.gather(out["keys"]), pictures)
+                progress.batch += 1
+                if not accelerator.sync_gradients:
+                    continue
+                finite, stopping = check.judge(stop.asked)
+                if finite:
+                    optimizer.param_groups[0]["lr"] = recipe.optim.lr * cosine(progress.updates, total_steps)
+                    optimizer.step()
+                    for name, value in check.sums.items():
+                        sums[name] = sums.get(name, 0.0) + value
+                    if check.keys:
+                        plain.enqueue(torch.cat(check.keys))
+                elif undo:
+                    check.leave_out()
+                    progress.missing += accumulation
+                else:
+                    raise FloatingPointError(check.message(progress.step + 1, gather_object))
                 optimizer.zero_grad()
-            if out["keys"] is not None:
-                plain.enqueue(accelerator.gather(out["keys"]))
-            for name, value in {"loss": out["loss"].detach(), **out["terms"]}.items():
-                sums[name] = sums.get(name, 0.0) + value
-            progress.batch += 1
-            if accelerator.sync_gradients:
-                if not accelerator.optimizer_step_was_skipped:  # as half precision does with overflowing gradients
-                    plain.follow()
-                    scheduler.step()
-                progress.step += 1
-                bar.update()
-                if progress.step == last_step:
-                    break
+            if finite and not accelerator.optimizer_step_was_skipped:  # as half precision does when gradients overflow
+                plain.follow()
+            else:
+                progress.skipped += 1
+            check.begin()
+            progress.step += 1
+            bar.update()
+            if stopping or progress.step == last_step:
+                break
         progress.seconds += time.perf_counter() - started
         progress.broken = sorted(set(gather_object(list(broken))), key=in_order)
         progress.sums = {name: accelerator.reduce(value, "mean").item() for name, value in sums.items()}
-        line = progress.line(lr=scheduler.get_last_lr()[0], images_per_batch=recipe.batch_size // accumulation)
-        bar.set_postfix(epoch=line["epoch"], loss=f"{line['loss']:.3f}")
+        lr = recipe.optim.lr * cosine(progress.updates, total_steps)
+        line = progress.line(lr, images_per_batch=recipe.batch_size // accumulation)
+        bar.set_postfix(epoch=line["epoch"], loss=f"{line.get('loss', math.nan):.3f}")
         accelerator.log({name: value for name, value in line.items() if name != "epoch"}, step=progress.step)
         if accelerator.is_main_process:
             run.log(line)
         ended = progress.batch == len(loader)
         if ended:
             progress = progress.next_epoch()
-        if progress.step == last_step or (ended and progress.epoch % recipe.train.checkpoint_every == 0):
-            if processes > 1:  # else the checkpoint would know the running statistics of the main process alone
-                distribute_bn(plain, processes, reduce=True)
-            accelerator.save_state(run.partial_checkpoint(progress.step))
-            accelerator.wait_for_everyone()
-            if accelerator.is_main_process:
-                run.publish_checkpoint(progress, recipe.train.keep_last)
+        if stopping or progress.step == last_step or (ended and progress.epoch % recipe.train.checkpoint_every == 0):
+            check_weights(plain)
+            with run.writing_checkpoint(progress.step) as folder:
+                accelerator.save_state(folder)
+                save_statistics(plain, folder, accelerator.process_index)
+                accelerator.wait_for_everyone()
+                if accelerator.is_main_process:
+                    run.publish_checkpoint(progress, recipe.train.keep_last)
         if upload and ended and progress.epoch % recipe.hub.every == 0 and progress.step < total_steps:
             upload.offer(plain.model, partial(add_card, results=None), f"Epoch {progress.epoch}")
     bar.close()
+    stop.deferred = False
+    if stopping:
+        accelerator.wait_for_everyone()
+        say(f"stopped after step {progress.step}, with a checkpoint; continue with --resume")
+        sys.exit(STOPPED)
     if upload:
         upload.wait()
+    if processes > 1:  # else the model would know the running statistics of the main process alone
+        distribute_bn(plain, processes, reduce=True)
 
     # The reported numbers are the last epoch's: there is no validation split to choose another by.
     predictions = predict(
@@ -276,6 +320,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
                 "test": len(predictions.left_out),
                 "first": progress.broken[:10] + test.dataset.defects(predictions.left_out[:10]),
             },
+            "skipped_steps": progress.skipped,
             "class_counts": counts,
             "class_names": data.class_names,
             "shot_groups": {name: int(mask.sum()) for name, mask in shot_groups(counts).items()},

@@ -1,0 +1,111 @@
+"""Checkpoints that are whole or do not count: sealed with checksums, published by renaming.
+
+They are meant for the run folder that they were written in. What is in them is read by `safetensors`, `json` and
+Accelerate's `torch.load(weights_only=True)`, which runs no code of a file; a stranger's could still hold any weights.
+"""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+CHECKSUMS = "SHA256SUMS"
+"""File of a checkpoint with the checksums of all others, as `sha256sum --check` reads them."""
+
+
+def checksum(file: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def synchronise(path: Path) -> None:
+    """Wait until a file or a directory is on the disk, so that a power failure can't take it back."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def seal(folder: Path) -> None:
+    """Write the checksums of a folder's files and bring everything to the disk."""
+    lines = [f"{checksum(file)}  {file.name}\n" for file in sorted(folder.iterdir()) if file.name != CHECKSUMS]
+    (folder / CHECKSUMS).write_text("".join(lines))
+    for path in (*folder.iterdir(), folder):
+        synchronise(path)
+
+
+def find_defect(folder: Path) -> str | None:
+    """What is wrong with a sealed folder; None if every file is as it was written."""
+    try:
+        lines = (folder / CHECKSUMS).read_text().splitlines()
+        expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        found = {file.name for file in folder.iterdir()} - {CHECKSUMS}
+        for name in sorted(expected.keys() | found):
+            if name not in found:
+                return f"{name} is missing"
+            if name not in expected:
+                return f"{name} is not among its checksums"
+            if checksum(folder / name) != expected[name]:
+                return f"{name} is damaged"
+    except FileNotFoundError:
+        return f"{CHECKSUMS} is missing"
+    except (OSError, UnicodeDecodeError) as error:
+        return f"it can't be read: {error}"
+    return None if expected else f"{CHECKSUMS} is empty"
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Seal a folder and give it its name, also if another one has it; under that name is never a part of one."""
+    seal(partial)
+    discard(target)
+    partial.rename(target)
+    synchronise(target.parent)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder, which is gone for readers before the first of its files is."""
+    if folder.exists():
+        doomed = folder.with_name(f".{folder.name}.deleted.partial")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what a killed process left half-written or half-deleted in a folder."""
+    for path in folder.glob(".*.partial"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def statistics(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Running statistics of normalisation layers by name: the state that differs between processes."""
+    buffers = module.named_buffers()
+    return {name: buffer for name, buffer in buffers if name.rpartition(".")[2].startswith(("running_", "num_batches"))}
+
+
+def save_statistics(module: nn.Module, folder: Path, process: int) -> None:
+    """Keep a process's running statistics beside the weights, which hold those of the main process."""
+    if tensors := statistics(module):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / _statistics_file(process))
+
+
+def load_statistics(module: nn.Module, folder: Path, process: int) -> None:
+    """Restore them; a process that was not there when they were saved keeps those of the main process."""
+    file = folder / _statistics_file(process)
+    if file.exists():
+        saved = load_file(file)
+        for name, buffer in statistics(module).items():
+            buffer.copy_(saved[name])
+
+
+def _statistics_file(process: int) -> str:
+    return f"statistics_{process}.safetensors"
