@@ -11,7 +11,7 @@ from typing import Any
 
 import timm
 from timm.layers import create_classifier
-from timm.models import build_model_with_cfg, register_model
+from timm.models import build_model_with_cfg, checkpoint_seq, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -54,6 +54,7 @@ class CifarResNet(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.drop_rate = drop_rate
+        self.grad_checkpointing = False
         self.num_features = self.head_hidden_size = 64
         self.feature_info = [
             {"num_chs": width, "reduction": 2**i, "module": f"layer{i + 1}"} for i, width in enumerate((16, 32, 64))
@@ -73,6 +74,10 @@ class CifarResNet(nn.Module):
         first = CifarBlock(in_width, width, stride)
         return nn.Sequential(first, *(CifarBlock(width, width, 1) for _ in range(blocks - 1)))
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether training computes a block's activations anew instead of keeping them."""
+        self.grad_checkpointing = enable
+
     def get_classifier(self) -> nn.Module:
         """The final linear layer, or an identity."""
         return self.fc
@@ -85,7 +90,9 @@ class CifarResNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, 64, H / 4, W / 4]."""
         x = F.relu(self.bn1(self.conv1(x)))
-        return self.layer3(self.layer2(self.layer1(x)))
+        for stage in (self.layer1, self.layer2, self.layer3):
+            x = checkpoint_seq(stage, x) if self.grad_checkpointing and self.training else stage(x)
+        return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """[B, 64, h, w] -> [B, 64] with `pre_logits` or without classifier, else [B, C]."""

@@ -45,6 +45,7 @@ ALLOWED = {
     "interruption": set(),
     "launch": set(),
     "locks": set(),
+    "memory": {"checkpoints", "modeling_ecl"},
     "runs": {"checkpoints", "interruption", "locks", "modeling_ecl", "recipe"},
     "tables": {"recipe", "runs"},
     "plots.style": {"analysis", "metrics"},

@@ -1,0 +1,52 @@
+"""Activations computed twice rather than kept: less memory for more time, and the same gradients.
+
+Both ways hold for every method: nothing is detached, and the losses know nothing of them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ecl_hf.checkpoints import statistics
+from ecl_hf.modeling_ecl import ECLForImageClassification
+
+
+def checkpoint_blocks(model: ECLForImageClassification) -> None:
+    """Keep only what enters the blocks of the encoders (timm's gradient checkpointing).
+
+    Raises:
+        ValueError: timm has none for this architecture.
+    """
+    try:
+        for expert in model.experts:
+            expert.backbone.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError, NotImplementedError) as error:
+        name = model.config.architecture
+        raise ValueError(
+            f"train.gradient_checkpointing: timm has none for {name}; train.experts_one_by_one works with every one"
+        ) from error
+
+
+def checkpoint_experts(model: ECLForImageClassification) -> None:
+    """Keep nothing of an expert's forward but features and logits.
+
+    The losses, which need those of all experts, are computed as ever. Backward then repeats the forward of one expert,
+    goes through it, forgets its activations, and turns to the next.
+    """
+    for expert in model.experts:
+        expert.forward = partial(checkpoint, expert.forward, use_reentrant=False)
+
+
+@contextmanager
+def counted_once(module: nn.Module) -> Iterator[None]:
+    """Restore the running statistics at the end: a repeated forward would count its batch for the second time."""
+    tensors = list(statistics(module).values())
+    before = [tensor.clone() for tensor in tensors]
+    yield
+    with torch.no_grad():
+        for tensor, old in zip(tensors, before, strict=True):
+            tensor.copy_(old)
