@@ -40,6 +40,7 @@ FLAGS = [
     "--loss.queue_size=40",
     "--train.checkpoint_every=1",
 ]
+KINDS = ("SIGKILL to all", "SIGKILL to one process", "SIGTERM to the launcher")
 
 
 def launch(folder: Path, processes: int, epochs: int) -> subprocess.Popen:
@@ -108,7 +109,7 @@ def disturb(folder: Path, processes: int, epochs: int, kills: int, seed: int) ->
             while launcher.poll() is None and epochs_done(folder) < aim:
                 time.sleep(0.05)
             time.sleep(draw.uniform(0, 2))
-        kind = draw.choice(["SIGKILL to all", "SIGKILL to one process", "SIGTERM to the launcher"])
+        kind = KINDS[len(events) % len(KINDS)]
         if len(events) < kills and launcher.poll() is None:
             found = trainings(launcher.pid)
             if kind == "SIGTERM to the launcher":
@@ -139,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--epochs", type=int, default=200, help="Epochs of each run")
     parser.add_argument("--processes", type=int, default=2, help="Training processes on this machine's CPU")
     parser.add_argument("--kills", type=int, default=12, help="Times that the disturbed run is ended")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of moments and kinds")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the moments")
     parser.add_argument("--results_dir", type=Path | None, help="Directory for soak.json")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:

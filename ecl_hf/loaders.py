@@ -92,7 +92,7 @@ class ViewDataset(torch.utils.data.Dataset):
         for row in (*range(index + 1, len(self)), *range(index)):
             if image := self._pictures([row])[0]:
                 return image, int(self.labels[row])
-        raise ValueError(f"none of the {len(self)} {self.split} pictures can be decoded")
+        raise BrokenPictureError(f"none of the {len(self)} {self.split} pictures can be decoded")
 
     def _pictures(self, rows: Sequence[int]) -> list[Image.Image | None]:
         """Decoded pictures; None for a broken one, unless `on_error` is "raise"."""

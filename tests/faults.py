@@ -2,8 +2,10 @@
 
 import errno
 import os
+import shutil
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -133,6 +135,15 @@ def infinite_gradient(step: int) -> None:
         return out
 
     CollaborativeTask.forward = forward
+
+
+def vanish(folder: Path, step: int) -> None:
+    """The data directory is gone, and no picture was kept."""
+    import ecl_hf.loaders
+    from ecl_hf.collaborative import CollaborativeTask
+
+    ecl_hf.loaders.DECODED_LIMIT = 0
+    _before(CollaborativeTask, "forward", step, lambda *_: shutil.rmtree(folder))
 
 
 def full_disk(checkpoint: int) -> None:

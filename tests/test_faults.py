@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import signal
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from ecl_hf.interruption import STOPPED
@@ -100,6 +102,30 @@ def test_killed_loading_process_ends_the_run_with_one_sentence(tmp_path):
     assert "a data-loading process was killed" in line
     assert "Traceback" not in child.said
     assert steps(tmp_path / "run") == [6]
+
+
+@pytest.mark.parametrize(
+    ("on_error", "message"),
+    [
+        (
+            "raise",
+            r"error: train row \d+, class \d/\d+\.png: the file is not there; data\.on_error skip goes on without it",
+        ),
+        ("skip", "error: none of the 80 train pictures can be decoded"),
+    ],
+)
+def test_vanished_data_directory_is_named(on_error, message, tmp_path):
+    photos = tmp_path / "photos"
+    for n in range(100):
+        file = photos / f"class {n % 2}" / f"{n}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (n, n, n)).save(file)
+    flags = [f"--data.path={photos}", "--data.profile=as_is", "--data.test_fraction=0.2", f"--data.on_error={on_error}"]
+    child = start(tmp_path / "run", *flags, fault=partial(faults.vanish, photos, 6))
+    assert child.wait() == 1
+    [line] = child.errors
+    assert re.fullmatch(message, line), line
+    assert steps(tmp_path / "run") == [5]
 
 
 @pytest.mark.parametrize("fault", [faults.full_disk, faults.small_files])

@@ -14,11 +14,12 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -29,13 +30,14 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gath
 from huggingface_hub.utils import disable_progress_bars
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from timm.utils import distribute_bn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ecl_hf.batchnorm import synchronise_batchnorm
 from ecl_hf.checkpoints import load_statistics, save_statistics
 from ecl_hf.collaborative import CollaborativeTask
 from ecl_hf.data import load_longtailed
-from ecl_hf.evaluation import format_table, predict, summarise
+from ecl_hf.evaluation import Predictions, format_table, predict, summarise
 from ecl_hf.finite import StepCheck, check_weights
 from ecl_hf.hub import BackgroundUpload, check_upload, write_card
 from ecl_hf.initialise import initialise_model
@@ -52,7 +54,6 @@ from ecl_hf.streaming import StreamedViews, StreamSampler, stream_loader
 from ecl_hf.views import contrastive_view, evaluation_view, supervised_view
 
 CARD = Path(__file__).resolve().parents[1] / "hub_cards" / "model_card.md"
-SKIP = "data.on_error skip goes on without it"
 
 
 def parse(argv: Sequence[str] | None) -> tuple[Recipe, Namespace]:
@@ -89,228 +90,324 @@ def in_order(name: str) -> tuple[int, str]:
     return len(name.partition(",")[0]), name
 
 
-def or_exit(batches: Iterable) -> Iterator:
-    """The same batches; a picture that can't be decoded ends the program with its name."""
+@contextmanager
+def refusing(recipe: Recipe) -> Iterator[None]:
+    """End the program with one sentence about input that does not fit."""
     try:
-        yield from batches
+        yield
     except BrokenPictureError as error:
-        sys.exit(f"error: {error}; {SKIP}")
+        sys.exit(
+            f"error: {error}" + ("; data.on_error skip goes on without it" if recipe.data.on_error == "raise" else "")
+        )
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def or_exit(batches: Iterable, recipe: Recipe) -> Iterator:
+    """The same batches; one that can't be read ends the program with the name of the picture."""
+    with refusing(recipe):
+        yield from batches
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Train, evaluate the last epoch and write the run folder, whose path is returned."""
     recipe, args = parse(argv)
     with plain_errors(), StopRequest() as stop, closing(RunFolder(args.output_dir)) as run:
-        return train(recipe, args, run, stop)
+        with refusing(recipe):
+            training = Training(recipe, args, run)
+        if args.resume and run.finished:
+            training.say(f"{run.path} is finished already\n{report(run)}")
+            return run.path
+        training.prepare()
+        training.fit(stop)
+        training.test()
+        training.accelerator.end_training()
+    return run.path
 
 
-def train(recipe: Recipe, args: Namespace, run: RunFolder, stop: StopRequest) -> Path:
-    """What `main` says, until `stop` is asked for."""
-    datasets.disable_progress_bars()
-    disable_progress_bars()  # of uploads, which would mix with those of the training
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    accumulation = recipe.train.gradient_accumulation_steps
+class Training:
+    """A run: what the recipe asks for, on this process's device.
 
-    # Everything that the user may have got wrong is found here, before anything is trained.
-    try:
+    Args:
+        recipe: of the run.
+        args: the other flags.
+        run: the folder to write.
+
+    Raises:
+        ValueError: recipe, data, launch or run folder don't fit; nothing is trained or written before that is known.
+        OSError: something can't be read or written.
+    """
+
+    def __init__(self, recipe: Recipe, args: Namespace, run: RunFolder) -> None:
+        datasets.disable_progress_bars()
+        disable_progress_bars()  # of uploads, which would mix with those of the training
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
+        self.recipe, self.run = recipe, run
+        self.accelerator = accelerator = self._accelerator(args)
+        self.say = tqdm.write if accelerator.is_main_process else (lambda _: None)
+        self.processes = accelerator.num_processes
+        check_launch(os.environ, self.processes)
+        if recipe.method not in METHODS:
+            raise ValueError(f"unknown method {recipe.method!r}; choose from {', '.join(METHODS)}")
+        self.method = METHODS[recipe.method]
+        recipe.model.num_experts = self.method.experts(recipe.model.num_experts)
+        self.accumulation = recipe.train.gradient_accumulation_steps
+        if recipe.batch_size % (self.processes * self.accumulation):
+            raise ValueError(
+                f"batch_size {recipe.batch_size} is no multiple of {self.processes} processes x "
+                f"{self.accumulation} micro-batches"
+            )
+        run.check(recipe, args.resume, args.allow_changes)
+        with accelerator.main_process_first():
+            self.data = load_longtailed(recipe.data)
+        images = sum(self.data.class_counts)
+        if recipe.batch_size > images:
+            raise ValueError(f"batch_size {recipe.batch_size} exceeds the training split of {images} images")
+        set_seed(recipe.seed)
+        self.model = initialise_model(recipe.model, self.method, self.data.class_counts, self.data.class_names)
+        self.plain = CollaborativeTask(self.model, self.method, recipe.loss).to(memory_format=torch.channels_last)
+        if recipe.train.sync_batchnorm and self.processes > 1:
+            self.plain = synchronise_batchnorm(self.plain, accelerator.device)
+        self.train_set = self._train_set()
+        self.size = describe_model(self.model)
+        self.environment = describe_environment(self.processes, accelerator.device)
+        if recipe.hub.push and accelerator.is_main_process:
+            check_upload(recipe.hub.repo_id, recipe.hub.private or None)
+        accelerator.wait_for_everyone()
+        self.checkpoint = None
+        if accelerator.is_main_process:
+            run.open(recipe, args.resume, args.allow_changes)
+            self.checkpoint = None if run.finished else run.resumable_checkpoint(self.say)
+
+    def _accelerator(self, args: Namespace) -> Accelerator:
         accelerator = Accelerator(
-            gradient_accumulation_steps=accumulation,
+            gradient_accumulation_steps=self.recipe.train.gradient_accumulation_steps,
             kwargs_handlers=[
                 DistributedDataParallelKwargs(broadcast_buffers=False),
-                InitProcessGroupKwargs(timeout=timedelta(minutes=recipe.train.timeout)),
+                InitProcessGroupKwargs(timeout=timedelta(minutes=self.recipe.train.timeout)),
             ],
             log_with=args.report_to or None,
             project_dir=args.output_dir,
         )
         if absent := set(args.report_to) - {tracker.value for tracker in accelerator.log_with}:
             raise ValueError(f"report_to: {', '.join(absent)} is not installed")
-        processes = accelerator.num_processes
-        say = tqdm.write if accelerator.is_main_process else (lambda _: None)
-        check_launch(os.environ, processes)
-        if recipe.method not in METHODS:
-            raise ValueError(f"unknown method {recipe.method!r}; choose from {', '.join(METHODS)}")
-        method = METHODS[recipe.method]
-        recipe.model.num_experts = method.experts(recipe.model.num_experts)
-        if recipe.batch_size % (processes * accumulation):
-            raise ValueError(
-                f"batch_size {recipe.batch_size} is no multiple of {processes} processes x {accumulation} micro-batches"
-            )
-        run.check(recipe, args.resume, args.allow_changes)
-        with accelerator.main_process_first():
-            data = load_longtailed(recipe.data)
-        images = sum(data.class_counts)
-        if recipe.batch_size > images:
-            raise ValueError(f"batch_size {recipe.batch_size} exceeds the training split of {images} images")
-        set_seed(recipe.seed)
-        model = initialise_model(recipe.model, method, data.class_counts, data.class_names)
-        view_config, skip = model.config.pretrained_cfg, recipe.data.on_error == "skip"
-        views = {"pixel_values": supervised_view(view_config, recipe.data.augmentation, recipe.data.horizontal_flip)}
-        if "momentum" in method.needs:
-            views["contrast_pixel_values"] = contrastive_view(view_config, recipe.data.horizontal_flip)
-        on_error = "replace" if skip else "raise"
+        return accelerator
+
+    def _train_set(self) -> ViewDataset | StreamedViews:
+        config, recipe = self.model.config.pretrained_cfg, self.recipe
+        views = {"pixel_values": supervised_view(config, recipe.data.augmentation, recipe.data.horizontal_flip)}
+        if "momentum" in self.method.needs:
+            views["contrast_pixel_values"] = contrastive_view(config, recipe.data.horizontal_flip)
+        on_error = "replace" if recipe.data.on_error == "skip" else "raise"
         if recipe.data.streaming:
-            train_set = StreamedViews(views, recipe.seed, on_error)
-        else:
-            train_set = ViewDataset(data.train, views, recipe.seed, on_error=on_error, keep=recipe.epochs > 1)
-        size = describe_model(model)
-        environment = describe_environment(processes, accelerator.device)
-        if recipe.hub.push and accelerator.is_main_process:
-            check_upload(recipe.hub.repo_id, recipe.hub.private or None)
-        accelerator.wait_for_everyone()
-        checkpoint = None
-        if accelerator.is_main_process:
-            run.open(recipe, args.resume, args.allow_changes)
-            checkpoint = None if run.finished else run.resumable_checkpoint(say)
-    except BrokenPictureError as error:
-        sys.exit(f"error: {error}; {SKIP}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    if args.resume and run.finished:
-        say(f"{run.path} is finished already\n{report(run)}")
-        return run.path
+            return StreamedViews(views, recipe.seed, on_error)
+        return ViewDataset(self.data.train, views, recipe.seed, on_error=on_error, keep=recipe.epochs > 1)
 
-    sizes = (recipe.batch_size, processes * accumulation, recipe.data.num_workers)
-    if recipe.data.streaming:
-        share = (recipe.batch_size, accelerator.process_index, processes, recipe.data.shuffle_buffer)
-        loader = stream_loader(StreamSampler(train_set, data.train, images, *share), *sizes)
+    def prepare(self) -> None:
+        """Bring task, optimizer and loaders to the device, and restore the checkpoint if there is one."""
+        recipe, accelerator = self.recipe, self.accelerator
+        self.loader = self._train_loader()
+        test = evaluation_loader(
+            self.data.test,
+            evaluation_view(self.model.config.pretrained_cfg),
+            256,
+            recipe.data.num_workers,
+            on_error="mark" if recipe.data.on_error == "skip" else "raise",
+        )
+        optimizer = torch.optim.SGD(
+            (p for p in self.plain.parameters() if p.requires_grad), foreach=True, **asdict(recipe.optim)
+        )
+        set_seed(recipe.seed, device_specific=True)
+        if recipe.train.compile:
+            self.plain.compile()
+        self.task, self.optimizer, self.test_loader = accelerator.prepare(self.plain, optimizer, test)
+        self.undo = recipe.train.on_nonfinite == "skip"
+        self.check = StepCheck(self.plain, accelerator.reduce, gradients=accelerator.scaler is None, undo=self.undo)
+        self.total_steps = recipe.epochs * (len(self.loader) // self.accumulation)
+        self.last_step = min(self.total_steps, recipe.train.max_steps or self.total_steps)
+        self.add_card = partial(
+            write_card,
+            template=CARD,
+            config=self.model.config,
+            repo_id=recipe.hub.repo_id,
+            license=recipe.hub.license,
+        )
+        accelerator.init_trackers("ecl_hf", {key: str(value) for key, value in flatten(asdict(recipe)).items()})
+        self.progress = self._restore()
+
+    def _train_loader(self) -> DataLoader:
+        recipe = self.recipe
+        sizes = (recipe.batch_size, self.processes * self.accumulation, recipe.data.num_workers)
+        if not recipe.data.streaming:
+            return self.accelerator.prepare(train_loader(self.train_set, *sizes))
+        images = sum(self.data.class_counts)
+        share = (recipe.batch_size, self.accelerator.process_index, self.processes, recipe.data.shuffle_buffer)
+        loader = stream_loader(StreamSampler(self.train_set, self.data.train, images, *share), *sizes)
         # Each process has its part already: Accelerate moves the batches and divides nothing.
-        loader = prepare_data_loader(loader, accelerator.device, 1, 0, put_on_device=True)
-    else:
-        loader = accelerator.prepare(train_loader(train_set, *sizes))
-    test = evaluation_loader(
-        data.test, evaluation_view(view_config), 256, recipe.data.num_workers, on_error="mark" if skip else "raise"
-    )
-    task = CollaborativeTask(model, method, recipe.loss).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD((p for p in task.parameters() if p.requires_grad), foreach=True, **asdict(recipe.optim))
-    if recipe.train.sync_batchnorm and processes > 1:
-        task = synchronise_batchnorm(task, accelerator.device)
-    set_seed(recipe.seed, device_specific=True)
-    if recipe.train.compile:
-        task.compile()
-    task, optimizer, test = accelerator.prepare(task, optimizer, test)
-    plain = accelerator.unwrap_model(task)
+        return prepare_data_loader(loader, self.accelerator.device, 1, 0, put_on_device=True)
 
-    total_steps = recipe.epochs * (len(loader) // accumulation)
-    last_step = min(total_steps, recipe.train.max_steps or total_steps)
-    accelerator.init_trackers("ecl_hf", {key: str(value) for key, value in flatten(asdict(recipe)).items()})
-    progress = Progress(commit=environment["commit"])
-    [checkpoint] = broadcast_object_list([checkpoint])
-    if checkpoint:
+    def _restore(self) -> Progress:
+        [checkpoint] = broadcast_object_list([self.checkpoint])
+        if not checkpoint:
+            return Progress(commit=self.environment["commit"])
         try:
-            accelerator.load_state(checkpoint)
-            load_statistics(plain, checkpoint, accelerator.process_index)
-            progress = run.read_progress(checkpoint)
+            self.accelerator.load_state(checkpoint)
+            load_statistics(self.plain, checkpoint, self.accelerator.process_index)
+            progress = self.run.read_progress(checkpoint)
         except Exception as error:  # of whatever wrote or reads it
             sys.exit(f"error: {checkpoint} does not fit this recipe and version: {error}")
-        optimizer.param_groups[0].update(asdict(recipe.optim))
-        say(f"continuing after step {progress.step}")
-    counts = data.class_counts
-    say(
-        f"{recipe.method}: {len(plain.model.experts)} x {recipe.model.architecture}, {sum(counts)} training images, "
-        f"{len(counts)} classes of {max(counts)} to {min(counts)}, {processes} process(es) on {accelerator.device.type}"
-    )
+        self.optimizer.param_groups[0].update(asdict(self.recipe.optim))
+        self.say(f"continuing after step {progress.step}")
+        return progress
 
-    labels = {"repo_id": recipe.hub.repo_id, "license": recipe.hub.license}
-    add_card = partial(write_card, template=CARD, config=plain.model.config, **labels)
-    upload = None
-    if recipe.hub.every and accelerator.is_main_process:
-        upload = BackgroundUpload(recipe.hub.repo_id, tqdm.write)
-    bar = tqdm(total=last_step, initial=progress.step, unit="step", disable=not accelerator.is_main_process)
-    undo = recipe.train.on_nonfinite == "skip"
-    check = StepCheck(plain, accelerator.reduce, gradients=accelerator.scaler is None, undo=undo)
-    task.train()
-    stop.deferred, stopping = True, False
-    while progress.step < last_step and not stopping:
-        train_set.epoch = progress.epoch
-        batches = skip_first_batches(loader, progress.batch)
-        sums = {name: torch.tensor(value, device=accelerator.device) for name, value in progress.sums.items()}
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next optimiser step."""
+        return self.recipe.optim.lr * cosine(self.progress.updates, self.total_steps)
+
+    def fit(self, stop: StopRequest) -> None:
+        """Train until the last step; a request to stop ends the program after a step, with a checkpoint."""
+        recipe, counts = self.recipe, self.data.class_counts
+        self.say(
+            f"{recipe.method}: {len(self.plain.model.experts)} x {recipe.model.architecture}, {sum(counts)} training "
+            f"images, {len(counts)} classes of {max(counts)} to {min(counts)}, {self.processes} process(es) on "
+            f"{self.accelerator.device.type}"
+        )
+        upload = None
+        if recipe.hub.every and self.accelerator.is_main_process:
+            upload = BackgroundUpload(recipe.hub.repo_id, tqdm.write)
+        self.task.train()
+        stop.deferred, stopping = True, False
+        with tqdm(
+            total=self.last_step,
+            initial=self.progress.step,
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+        ) as bar:
+            while self.progress.step < self.last_step and not stopping:
+                stopping = self._train_epoch(stop, bar)
+                self._log(bar)
+                ended = self.progress.batch == len(self.loader)
+                if ended:
+                    self.progress = self.progress.next_epoch()
+                epoch, last = self.progress.epoch, self.progress.step == self.last_step
+                if stopping or last or (ended and epoch % recipe.train.checkpoint_every == 0):
+                    self._write_checkpoint()
+                if upload and ended and epoch % recipe.hub.every == 0 and self.progress.step < self.total_steps:
+                    upload.offer(self.plain.model, partial(self.add_card, results=None), f"Epoch {epoch}")
+        stop.deferred = False
+        if stopping:
+            self.accelerator.wait_for_everyone()
+            self.say(f"stopped after step {self.progress.step}, with a checkpoint; continue with --resume")
+            sys.exit(STOPPED)
+        if upload:
+            upload.wait()
+        if self.processes > 1:  # else the model would know the running statistics of the main process alone
+            distribute_bn(self.plain, self.processes, reduce=True)
+
+    def _train_epoch(self, stop: StopRequest, bar: tqdm) -> bool:
+        """Train the rest of an epoch, or until the last step, or until a stop is asked for, which it returns."""
+        progress, stopping = self.progress, False
+        self.train_set.epoch = progress.epoch
+        self.sums = {name: torch.tensor(value, device=self.accelerator.device) for name, value in progress.sums.items()}
         broken = set(progress.broken)
         started = time.perf_counter()
-        for batch in or_exit(batches):
+        for batch in or_exit(skip_first_batches(self.loader, progress.batch), self.recipe):
             pictures = batch.pop("indices")
-            if skip:
-                broken.update(batch.pop("broken"))
-            with accelerator.accumulate(task):
-                out = task(**batch)
-                accelerator.backward(out["loss"])
-                check.add(out, None if out["keys"] is None else accelerator.gather(out["keys"]), pictures)
+            broken.update(batch.pop("broken", ()))
+            with self.accelerator.accumulate(self.task):
+                out = self.task(**batch)
+                self.accelerator.backward(out["loss"])
+                self.check.add(out, None if out["keys"] is None else self.accelerator.gather(out["keys"]), pictures)
                 progress.batch += 1
-                if not accelerator.sync_gradients:
+                if not self.accelerator.sync_gradients:
                     continue
-                finite, stopping = check.judge(stop.asked)
-                if finite:
-                    optimizer.param_groups[0]["lr"] = recipe.optim.lr * cosine(progress.updates, total_steps)
-                    optimizer.step()
-                    for name, value in check.sums.items():
-                        sums[name] = sums.get(name, 0.0) + value
-                    if check.keys:
-                        plain.enqueue(torch.cat(check.keys))
-                elif undo:
-                    check.leave_out()
-                    progress.missing += accumulation
-                else:
-                    raise FloatingPointError(check.message(progress.step + 1, gather_object))
-                optimizer.zero_grad()
-            if finite and not accelerator.optimizer_step_was_skipped:  # as half precision does when gradients overflow
-                plain.follow()
-            else:
-                progress.skipped += 1
-            check.begin()
-            progress.step += 1
+                stopping = self._update(stop.asked)
             bar.update()
-            if stopping or progress.step == last_step:
+            if stopping or progress.step == self.last_step:
                 break
         progress.seconds += time.perf_counter() - started
         progress.broken = sorted(set(gather_object(list(broken))), key=in_order)
-        progress.sums = {name: accelerator.reduce(value, "mean").item() for name, value in sums.items()}
-        lr = recipe.optim.lr * cosine(progress.updates, total_steps)
-        line = progress.line(lr, images_per_batch=recipe.batch_size // accumulation)
-        bar.set_postfix(epoch=line["epoch"], loss=f"{line.get('loss', math.nan):.3f}")
-        accelerator.log({name: value for name, value in line.items() if name != "epoch"}, step=progress.step)
-        if accelerator.is_main_process:
-            run.log(line)
-        ended = progress.batch == len(loader)
-        if ended:
-            progress = progress.next_epoch()
-        if stopping or progress.step == last_step or (ended and progress.epoch % recipe.train.checkpoint_every == 0):
-            check_weights(plain)
-            with run.writing_checkpoint(progress.step) as folder:
-                accelerator.save_state(folder)
-                save_statistics(plain, folder, accelerator.process_index)
-                accelerator.wait_for_everyone()
-                if accelerator.is_main_process:
-                    run.publish_checkpoint(progress, recipe.train.keep_last)
-        if upload and ended and progress.epoch % recipe.hub.every == 0 and progress.step < total_steps:
-            upload.offer(plain.model, partial(add_card, results=None), f"Epoch {progress.epoch}")
-    bar.close()
-    stop.deferred = False
-    if stopping:
-        accelerator.wait_for_everyone()
-        say(f"stopped after step {progress.step}, with a checkpoint; continue with --resume")
-        sys.exit(STOPPED)
-    if upload:
-        upload.wait()
-    if processes > 1:  # else the model would know the running statistics of the main process alone
-        distribute_bn(plain, processes, reduce=True)
+        progress.sums = {name: self.accelerator.reduce(value, "mean").item() for name, value in self.sums.items()}
+        return stopping
 
-    # The reported numbers are the last epoch's: there is no validation split to choose another by.
-    predictions = predict(
-        plain.model,
-        or_exit(tqdm(test, "testing", disable=not accelerator.is_main_process, leave=False)),
-        accelerator.gather_for_metrics,
-    )
-    if accelerator.is_main_process:
-        recorded = asdict(recipe)
+    def _update(self, asked: bool) -> bool:
+        """Take an optimiser step if its numbers are finite; whether any process was asked to stop."""
+        finite, stopping = self.check.judge(asked)
+        if finite:
+            self.optimizer.param_groups[0]["lr"] = self.lr
+            self.optimizer.step()
+            for name, value in self.check.sums.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            if self.check.keys:
+                self.plain.enqueue(torch.cat(self.check.keys))
+        elif self.undo:
+            self.check.leave_out()
+            self.progress.missing += self.accumulation
+        else:
+            raise FloatingPointError(self.check.message(self.progress.step + 1, gather_object))
+        self.optimizer.zero_grad()
+        if finite and not self.accelerator.optimizer_step_was_skipped:  # as half precision does at an overflow
+            self.plain.follow()
+        else:
+            self.progress.skipped += 1
+        self.check.begin()
+        self.progress.step += 1
+        return stopping
+
+    def _log(self, bar: tqdm) -> None:
+        line = self.progress.line(self.lr, images_per_batch=self.recipe.batch_size // self.accumulation)
+        bar.set_postfix(epoch=line["epoch"], loss=f"{line.get('loss', math.nan):.3f}")
+        self.accelerator.log({name: value for name, value in line.items() if name != "epoch"}, step=self.progress.step)
+        if self.accelerator.is_main_process:
+            self.run.log(line)
+
+    def _write_checkpoint(self) -> None:
+        check_weights(self.plain)
+        with self.run.writing_checkpoint(self.progress.step) as folder:
+            self.accelerator.save_state(folder)
+            save_statistics(self.plain, folder, self.accelerator.process_index)
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                self.run.publish_checkpoint(self.progress, self.recipe.train.keep_last)
+
+    def test(self) -> None:
+        """Test the model, write it with its results, and upload it if the recipe says so.
+
+        The reported numbers are the last epoch's: there is no validation split to choose another by.
+        """
+        main = self.accelerator.is_main_process
+        predictions = predict(
+            self.plain.model,
+            or_exit(tqdm(self.test_loader, "testing", disable=not main, leave=False), self.recipe),
+            self.accelerator.gather_for_metrics,
+        )
+        if not main:
+            return
+        results = self._results(predictions)
+        ensemble = {
+            f"test/{name}": value for name, value in results["test"]["plain"]["ensemble"].items() if value is not None
+        }
+        self.accelerator.log(ensemble, step=self.progress.step)
+        self.run.finish(self.plain.model, partial(self.add_card, results=results), results)
+        self.say(report(self.run))
+        if broken := results["broken_pictures"]["first"]:
+            found = results["broken_pictures"]["train"] + results["broken_pictures"]["test"]
+            self.say("\n".join([f"{found} pictures could not be decoded and were skipped:", *broken]))
+        if self.recipe.hub.push and results["finished"]:
+            self._upload()
+
+    def _results(self, predictions: Predictions) -> dict[str, Any]:
+        progress, counts = self.progress, self.data.class_counts
+        recorded = asdict(self.recipe)
         for key in ("path", "train_list", "test_list", "split"):
-            if recorded["data"][key]:
-                recorded["data"][key] = (
-                    Path(recorded["data"][key]).resolve().name
-                )  # where it lies is this machine's affair
-        results = {
-            "method": recipe.method,
-            "seed": recipe.seed,
-            "finished": progress.step == total_steps,
+            if recorded["data"][key]:  # where it lies is this machine's affair
+                recorded["data"][key] = Path(recorded["data"][key]).resolve().name
+        return {
+            "method": self.recipe.method,
+            "seed": self.recipe.seed,
+            "finished": progress.step == self.total_steps,
             "epochs": progress.epoch,
             "steps": progress.step,
             "test": summarise(predictions, counts),
@@ -318,36 +415,29 @@ def train(recipe: Recipe, args: Namespace, run: RunFolder, stop: StopRequest) ->
             "broken_pictures": {
                 "train": len(progress.broken),
                 "test": len(predictions.left_out),
-                "first": progress.broken[:10] + test.dataset.defects(predictions.left_out[:10]),
+                "first": progress.broken[:10] + self.test_loader.dataset.defects(predictions.left_out[:10]),
             },
             "skipped_steps": progress.skipped,
             "class_counts": counts,
-            "class_names": data.class_names,
+            "class_names": self.data.class_names,
             "shot_groups": {name: int(mask.sum()) for name, mask in shot_groups(counts).items()},
-            **size,
+            **self.size,
             "training_seconds": progress.total_seconds + progress.seconds,
-            "mixed_precision": accelerator.mixed_precision,
-            **environment,
+            "mixed_precision": self.accelerator.mixed_precision,
+            **self.environment,
             "commit": progress.commit,
-            "commit_of_test": environment["commit"],
+            "commit_of_test": self.environment["commit"],
             "recipe": recorded,
         }
-        ensemble = results["test"]["plain"]["ensemble"].items()
-        accelerator.log({f"test/{name}": value for name, value in ensemble if value is not None}, step=progress.step)
-        run.finish(plain.model, partial(add_card, results=results), results)
-        say(report(run))
-        if broken := results["broken_pictures"]["first"]:
-            found = len(progress.broken) + len(predictions.left_out)
-            say("\n".join([f"{found} pictures could not be decoded and were skipped:", *broken]))
-        if recipe.hub.push and results["finished"]:
-            try:
-                commit = upload_directory(run.model, recipe.hub.repo_id, commit_message=f"{recipe.epochs} epochs")
-                say(f"uploaded to {commit.repo_url}, revision {commit.oid}")
-            except (OSError, ValueError) as error:
-                again = f"python training/export.py --run {run.path} --push --repo_id {recipe.hub.repo_id}"
-                say(f"the upload failed, the run is complete; repeat it with\n    {again}\n{error}")
-    accelerator.end_training()
-    return run.path
+
+    def _upload(self) -> None:
+        repo_id = self.recipe.hub.repo_id
+        try:
+            commit = upload_directory(self.run.model, repo_id, commit_message=f"{self.recipe.epochs} epochs")
+            self.say(f"uploaded to {commit.repo_url}, revision {commit.oid}")
+        except (OSError, ValueError) as error:
+            again = f"python training/export.py --run {self.run.path} --push --repo_id {repo_id}"
+            self.say(f"the upload failed, the run is complete; repeat it with\n    {again}\n{error}")
 
 
 if __name__ == "__main__":
