@@ -8,88 +8,47 @@ device, so that loading does not count.
 
 - floor: forward and backward of K bare timm models and K forwards without gradient, which no method with a momentum
   branch can do without; channels-last, no loss worth the name, no optimiser.
-- ECL: everything else of a step too: losses, queues, moving averages, SGD.
+- ECL: everything else of a step too: losses, queues, moving averages, the look for bad numbers, SGD.
 - as NCL's: the same work as ECL's (K networks, distillation of all pairs, a contrastive branch each), in the order of
   the published code: default memory format, a loop over pairs, one softmax after the other, a moving average parameter
   by parameter. Written for this comparison.
 """
 
 import copy
-import json
-import platform
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from jsonargparse import ArgumentParser
-from torch import Tensor, nn
+from measuring import (
+    Batch,
+    Step,
+    add_sizes,
+    build_task,
+    ecl_step,
+    finish,
+    floor_step,
+    in_turn,
+    made_up_batch,
+    new_parser,
+    ratio,
+    table,
+)
+from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
+from torch.profiler import ProfilerActivity, profile
 
-from ecl_hf import ECLConfig, ECLForImageClassification
-from ecl_hf.collaborative import CollaborativeTask
-from ecl_hf.methods import METHODS
 from ecl_hf.recipe import LossConfig
-from ecl_hf.runs import describe_environment, write_atomically
+from ecl_hf.runs import write_atomically
 
 NESTED = "as NCL's"
 LOSS = LossConfig(sup_reduction="sum")
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def floor_step(architecture: str, num_experts: int, num_classes: int, batch: dict[str, Tensor]) -> Callable[[], None]:
-    """K bare models: forward and backward of one view, forward without gradient of the other."""
-    device = batch["labels"].device
-    models = [timm.create_model(architecture, num_classes=num_classes) for _ in range(num_experts)]
-    models = [model.to(device, memory_format=torch.channels_last).train() for model in models]
-    keys = [copy.deepcopy(model).requires_grad_(False) for model in models]
-
-    def step() -> None:
-        for model, key in zip(models, keys, strict=True):
-            model(batch["pixel_values"]).mean().backward()
-            model.zero_grad()
-            with torch.no_grad():
-                key(batch["contrast_pixel_values"])
-
-    return step
-
-
-def ecl_step(
-    architecture: str, num_experts: int, num_classes: int, batch: dict[str, Tensor], compiled: bool
-) -> Callable[[], None]:
-    """What `training/train.py` does with a batch."""
-    device = batch["labels"].device
-    counts = [max(1, int(500 * 0.01 ** (c / max(1, num_classes - 1)))) for c in range(num_classes)]
-    config = ECLConfig(architecture=architecture, num_experts=num_experts, class_counts=counts)
-    task = CollaborativeTask(ECLForImageClassification(config), METHODS["ecl"], LOSS)
-    task.to(device, memory_format=torch.channels_last).train()
-    parameters = [p for p in task.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-3, foreach=True)
-    if compiled:
-        task.compile()
-
-    def step() -> None:
-        out = task(**batch)
-        out["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        task.enqueue(out["keys"])
-        task.follow()
-
-    return step
-
-
-def nested_step(architecture: str, num_experts: int, num_classes: int, batch: dict[str, Tensor]) -> Callable[[], None]:
+def nested_step(architecture: str, num_experts: int, num_classes: int, batch: Batch) -> Step:
     """The structure of NCL's published training step, with ECL's amount of work."""
     device = batch["labels"].device
     batch = {name: tensor.contiguous() for name, tensor in batch.items()}
@@ -145,70 +104,51 @@ def nested_step(architecture: str, num_experts: int, num_classes: int, batch: di
     return step
 
 
-def measure(
-    steps: dict[str, Callable[[], None]], device: torch.device, rounds: int, warmup: int
-) -> dict[str, list[float]]:
-    """Seconds of each step in each round, all in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in tqdm(range(warmup + rounds), "rounds", leave=False):
-        for name, step in steps.items():
-            synchronise(device)
-            started = time.perf_counter()
+def top_of_profile(step: Step, device: torch.device, steps: int = 5) -> str:
+    """Where the time of a step is spent, by operation."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=activities) as found:
+        for _ in range(steps):
             step()
-            synchronise(device)
-            if number >= warmup:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
+    key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    return found.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=45)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print the table, write the results."""
-    parser = ArgumentParser(prog="training_step.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--architecture", type=str, default="resnet32_cifar", help="timm name of the encoders")
-    parser.add_argument("--image_size", type=int, default=32, help="Side of the pictures")
-    parser.add_argument("--batch_size", type=int, default=64, help="Pictures of a step")
-    parser.add_argument("--num_experts", type=int, default=3, help="K")
-    parser.add_argument("--num_classes", type=int, default=100, help="C")
-    parser.add_argument("--rounds", type=int, default=15, help="Timed rounds")
-    parser.add_argument("--warmup", type=int, default=3, help="Rounds before them")
+    parser = new_parser("training_step.py", __doc__)
+    add_sizes(parser, rounds=15)
     parser.add_argument("--compile", type=bool, default=True, help="Also time the compiled step")
-    parser.add_argument("--results_dir", type=Path | None, help="Directory for the JSON file")
+    parser.add_argument("--profile", type=Path | None, help="File for the operations of the eager step by their time")
     args = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(args.device)
     torch.manual_seed(0)
-    pictures = [torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=device) for _ in range(2)]
-    pixel_values, contrast = (p.contiguous(memory_format=torch.channels_last) for p in pictures)
-    labels = torch.randint(args.num_classes, (args.batch_size,), device=device)
-    batch = {"pixel_values": pixel_values, "labels": labels, "contrast_pixel_values": contrast}
-    sizes = (args.architecture, args.num_experts, args.num_classes, batch)
-    steps = {"floor": floor_step(*sizes), "ECL": ecl_step(*sizes, compiled=False), NESTED: nested_step(*sizes)}
-    if args.compile:
-        steps["ECL, compiled"] = ecl_step(*sizes, compiled=True)
-    seconds = measure(steps, device, args.rounds, args.warmup)
-
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    lines = ["| step | ms | images/s | time / floor | images/s / as NCL's |", "|---|---|---|---|---|"]
-    for name, value in median.items():
-        lines.append(
-            f"| {name} | {1e3 * value:.0f} | {args.batch_size / value:.0f} | {value / median['floor']:.3f} "
-            f"| {median[NESTED] / value:.2f} |"
-        )
-    print("\n".join(lines))
-    setting = {name: getattr(args, name) for name in ("architecture", "image_size", "batch_size", "num_experts")}
-    results = {
-        **setting,
-        "num_classes": args.num_classes,
-        "rounds": args.rounds,
-        "median_seconds": median,
-        "seconds": seconds,
-        "processor": platform.processor() or platform.machine(),
-        **describe_environment(1, device),
+    batch = made_up_batch(args.batch_size, args.image_size, args.num_classes, device)
+    sizes = (args.architecture, args.num_experts, args.num_classes)
+    steps = {
+        "floor": floor_step(*sizes, batch),
+        "ECL": ecl_step(build_task(*sizes, device), batch),
+        NESTED: nested_step(*sizes, batch),
     }
-    if args.results_dir:
-        args.results_dir.mkdir(parents=True, exist_ok=True)
-        file = args.results_dir / f"training_step_{args.architecture}_{args.image_size}px.json"
-        write_atomically(file, json.dumps(results, indent=1) + "\n")
-    return results
+    if args.compile:
+        compiled = build_task(*sizes, device)
+        compiled.compile()
+        steps["ECL, compiled"] = ecl_step(compiled, batch)
+    seconds = in_turn(steps, device, args.rounds, args.warmup)
+
+    rows = []
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        speed = f"{args.batch_size / median:.0f}"
+        against = (f"{ratio(values, seconds['floor']):.3f}", f"{ratio(seconds[NESTED], values):.2f}")
+        rows.append((name, f"{1e3 * median:.0f}", speed, *against))
+    text = table("step | ms | images/s | time / floor | images/s / as NCL's", rows)
+    if args.profile:
+        write_atomically(args.profile, top_of_profile(steps["ECL"], device) + "\n")
+    setting = {name: getattr(args, name) for name in ("architecture", "image_size", "batch_size", "num_experts")}
+    results = {**setting, "num_classes": args.num_classes, "rounds": args.rounds, "seconds": seconds}
+    name = f"training_step_{args.architecture}_{args.image_size}px"
+    return finish(name, text, results, device, args.results_dir)
 
 
 if __name__ == "__main__":

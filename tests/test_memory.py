@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.collaborative import CollaborativeTask
-from ecl_hf.losses import balanced_cross_entropy, info_nce, logit_distillation, transfer_weights
+from ecl_hf.losses import balanced_cross_entropy, info_nce, transfer_weights
 from ecl_hf.memory import checkpoint_blocks, checkpoint_experts, counted_once
 from ecl_hf.methods import METHODS
 from ecl_hf.recipe import LossConfig
