@@ -33,11 +33,12 @@ class CifarBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_width, H, W] -> [B, width, H / stride, W / stride]."""
-        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.bn2(self.conv2(out))
         if self.pad:
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
-        return F.relu(out + x)
+        out += x
+        return F.relu(out, inplace=True)
 
 
 class CifarResNet(nn.Module):
@@ -89,7 +90,7 @@ class CifarResNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, 64, H / 4, W / 4]."""
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         for stage in (self.layer1, self.layer2, self.layer3):
             x = checkpoint_seq(stage, x) if self.grad_checkpointing and self.training else stage(x)
         return x

@@ -1,8 +1,10 @@
-"""Activations computed twice rather than kept: less memory for more time, and the same gradients.
+"""Memory of a training step: activations computed twice rather than kept, and pages that stay with the process.
 
-Both ways hold for every method: nothing is detached, and the losses know nothing of them.
+Both ways to keep fewer activations give the gradients of the plain step with every method: nothing is detached, and the
+losses know nothing of them.
 """
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -50,3 +52,17 @@ def counted_once(module: nn.Module) -> Iterator[None]:
     with torch.no_grad():
         for tensor, old in zip(tensors, before, strict=True):
             tensor.copy_(old)
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory of a step for the next one; whether the C library can.
+
+    A step on a CPU frees hundreds of megabytes, which glibc gives back to the system and then fetches page by page: 5 %
+    of the time of a step.
+    """
+    trim_threshold, mmap_max = -1, -4  # glibc's names for its options
+    try:
+        library = ctypes.CDLL(None)
+        return bool(library.mallopt(trim_threshold, 2**31 - 1) and library.mallopt(mmap_max, 0))
+    except (AttributeError, OSError, TypeError):  # another C library
+        return False

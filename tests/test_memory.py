@@ -1,6 +1,8 @@
 """Gradients and running statistics are the same with fewer activations kept."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -165,3 +167,20 @@ def test_architecture_without_checkpointing_is_refused():
         ValueError, match=r"train\.gradient_checkpointing: timm has none for pit_ti_224; train\.experts"
     ):
         checkpoint_blocks(model)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_freed_memory_stays_with_the_process():
+    code = """
+import re, torch
+from ecl_hf.memory import keep_freed_memory
+
+def kept():
+    resident = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
+    before = resident()
+    torch.ones(50, 2**20).sum()
+    return (resident() - before) // 1024 > 150  # of 200 megabytes
+
+print(kept(), keep_freed_memory(), kept())
+"""
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["False", "True", "True"]
