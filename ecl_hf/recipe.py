@@ -190,6 +190,11 @@ class TrainConfig:
     """Micro-batches of one optimiser step; `batch_size` counts all of them."""
     compile: bool = False
     """Compile the task's forward with `torch.compile`."""
+    gradient_checkpointing: bool = False
+    """Save memory: compute the activations within the encoders' blocks a second time instead of keeping them."""
+    experts_one_by_one: bool = False
+    """Save more memory: repeat each expert's forward just before its backward, so that the activations of one expert
+    are kept at a time. Takes about a quarter more time; gradients are the same."""
     checkpoint_every: int = 10
     """Epochs between checkpoints for `--resume`; one is also written at the end."""
     keep_last: int = 2

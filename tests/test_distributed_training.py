@@ -52,6 +52,7 @@ def checkpoint(run: Path) -> dict[str, torch.Tensor]:
         # LayerNorm; the statistics of BatchNorm would see half of the batch
         (["--model.architecture=test_vit", "--model.image_size=32"], 2),
         (["--train.sync_batchnorm=true"], 1),
+        (["--train.sync_batchnorm=true", "--train.gradient_checkpointing=true", "--train.experts_one_by_one=true"], 1),
     ],
 )
 def test_two_processes_equal_one(flags, accumulation, tmp_path):

@@ -63,6 +63,8 @@ PAPER = {
     "optim.weight_decay": 0.005,
     "train.gradient_accumulation_steps": 1,
     "train.compile": False,
+    "train.gradient_checkpointing": False,
+    "train.experts_one_by_one": False,
     "train.checkpoint_every": 10,
     "train.keep_last": 2,
     "train.on_nonfinite": "raise",

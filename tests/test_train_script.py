@@ -155,6 +155,16 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
+def test_run_that_saves_memory_is_the_same(tmp_path):
+    """It may also begin when memory was found to be short."""
+    flags = ["--method=ecl", "--epochs=2"]
+    sparing = ["--train.gradient_checkpointing=true", "--train.experts_one_by_one=true"]
+    whole = train(tmp_path / "whole", *flags)
+    train(tmp_path / "parts", *flags, "--train.max_steps=4")
+    parts = train(tmp_path / "parts", *flags, *sparing, "--resume")
+    assert_same_run(whole, parts)
+
+
 def test_mixed_precision_and_tensorboard(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     run = train(tmp_path / "run", "--method=ecl", "--train.max_steps=2", "--report_to", "tensorboard")
@@ -199,6 +209,10 @@ def test_non_finite_loss_stops_the_run_and_names_the_terms(tmp_path):
         (["--report_to", "telegraph"], "telegraph"),
         (["--model.architecture=test_vit", "--model.image_size=33"], r"test_vit can't take images.*33.*image_size"),
         (["--model.architecture=test_convnext"], r"test_convnext can't take images.*8.*image_size"),
+        (
+            ["--model.architecture=pit_ti_224", "--train.gradient_checkpointing=true"],
+            "gradient_checkpointing.*pit_ti_224",
+        ),
         (["--model.pretrained=/no/such/weights.safetensors"], "weights.safetensors"),
     ],
 )

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -44,6 +44,7 @@ from ecl_hf.initialise import initialise_model
 from ecl_hf.interruption import STOPPED, StopRequest, plain_errors
 from ecl_hf.launch import check_launch
 from ecl_hf.loaders import ViewDataset, evaluation_loader, train_loader
+from ecl_hf.memory import checkpoint_blocks, checkpoint_experts, counted_once, keep_freed_memory
 from ecl_hf.methods import METHODS
 from ecl_hf.metrics import shot_groups
 from ecl_hf.modeling_ecl import upload_directory
@@ -169,6 +170,7 @@ class Training:
         self.plain = CollaborativeTask(self.model, self.method, recipe.loss).to(memory_format=torch.channels_last)
         if recipe.train.sync_batchnorm and self.processes > 1:
             self.plain = synchronise_batchnorm(self.plain, accelerator.device)
+        self._save_memory()
         self.train_set = self._train_set()
         self.size = describe_model(self.model)
         self.environment = describe_environment(self.processes, accelerator.device)
@@ -193,6 +195,16 @@ class Training:
         if absent := set(args.report_to) - {tracker.value for tracker in accelerator.log_with}:
             raise ValueError(f"report_to: {', '.join(absent)} is not installed")
         return accelerator
+
+    def _save_memory(self) -> None:
+        if self.recipe.train.gradient_checkpointing:
+            checkpoint_blocks(self.model)
+        if self.recipe.train.experts_one_by_one:
+            checkpoint_experts(self.model)
+        repeating = self.recipe.train.gradient_checkpointing or self.recipe.train.experts_one_by_one
+        self.around_backward = partial(counted_once, self.plain) if repeating else nullcontext
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
 
     def _train_set(self) -> ViewDataset | StreamedViews:
         config, recipe = self.model.config.pretrained_cfg, self.recipe
@@ -318,7 +330,8 @@ class Training:
             broken.update(batch.pop("broken", ()))
             with self.accelerator.accumulate(self.task):
                 out = self.task(**batch)
-                self.accelerator.backward(out["loss"])
+                with self.around_backward():
+                    self.accelerator.backward(out["loss"])
                 self.check.add(out, None if out["keys"] is None else self.accelerator.gather(out["keys"]), pictures)
                 progress.batch += 1
                 if not self.accelerator.sync_gradients:
