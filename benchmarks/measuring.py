@@ -9,18 +9,20 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from jsonargparse import ArgumentParser
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.collaborative import CollaborativeTask
 from ecl_hf.finite import StepCheck
+from ecl_hf.memory import keep_freed_memory
 from ecl_hf.methods import METHODS
 from ecl_hf.recipe import LossConfig
 from ecl_hf.runs import describe_environment, write_atomically
@@ -52,7 +54,9 @@ def add_sizes(parser: ArgumentParser, rounds: int) -> None:
 def in_turn(
     alternatives: dict[str, Step], device: torch.device, rounds: int, warmup: int = 3
 ) -> dict[str, list[float]]:
-    """Seconds of each alternative in each round."""
+    """Seconds of each alternative in each round; freed memory stays with the process, as in training."""
+    if device.type == "cpu":
+        keep_freed_memory()
     seconds: dict[str, list[float]] = {name: [] for name in alternatives}
     for number in tqdm(range(warmup + rounds), "rounds", leave=False):
         for name, alternative in alternatives.items():
@@ -156,21 +160,34 @@ def build_task(
     return task.to(device, memory_format=torch.channels_last).train()
 
 
-def ecl_step(task: CollaborativeTask, batch: Batch, around_backward: Callable | None = None) -> Step:
-    """What `training/train.py` does with a batch: forward, backward, check, SGD, queues, key encoders."""
+def ecl_step(
+    task: CollaborativeTask,
+    batch: Batch,
+    wrapped: nn.Module | None = None,
+    gather: Callable[[Tensor], Tensor] = lambda keys: keys,
+    reduce: Callable[[Tensor], Tensor] = lambda flags: flags,
+    around_backward: Callable = nullcontext,
+) -> Step:
+    """What `training/train.py` does with a batch: forward, backward, check, SGD, queues, key encoders.
+
+    Args:
+        task: of `build_task`.
+        batch: of `made_up_batch`.
+        wrapped: the task as several processes call it.
+        gather: keys of all processes.
+        reduce: sum over all processes.
+        around_backward: makes a context manager for the backward pass.
+    """
     parameters = [p for p in task.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-3, foreach=True)
-    check = StepCheck(task, reduce=lambda flags: flags)
+    check = StepCheck(task, reduce)
     positions = torch.arange(len(batch["labels"]))
 
     def step() -> None:
-        out = task(**batch)
-        if around_backward:
-            with around_backward(task):
-                out["loss"].backward()
-        else:
+        out = (wrapped or task)(**batch)
+        with around_backward():
             out["loss"].backward()
-        check.add(out, out["keys"], positions)
+        check.add(out, gather(out["keys"]), positions)
         finite, _ = check.judge()
         if not finite:
             raise FloatingPointError("the made-up batch has led to numbers that are not finite")

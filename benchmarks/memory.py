@@ -17,6 +17,8 @@ import os
 import re
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ def saving_step(sizes: tuple[str, int, int], batch: dict[str, torch.Tensor], mod
     task = build_task(*sizes, batch["labels"].device, queue_size)
     for save in MODES[mode]:
         save(task.model)
-    return ecl_step(task, batch, counted_once if MODES[mode] else None)
+    return ecl_step(task, batch, around_backward=partial(counted_once, task) if MODES[mode] else nullcontext)
 
 
 def resident(peak: bool = False) -> int:
