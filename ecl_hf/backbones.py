@@ -7,7 +7,7 @@ shortcuts (option A: subsample, then zero-pad the channels). ResNet-32 has 463,5
 
 import difflib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import timm
 from timm.layers import create_classifier
@@ -62,6 +62,7 @@ class CifarResNet(nn.Module):
         ]
         self.conv1 = nn.Conv2d(in_chans, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
+        self.act1 = nn.ReLU(inplace=True)
         self.layer1 = self._stage(16, 16, blocks, 1)
         self.layer2 = self._stage(16, 32, blocks, 2)
         self.layer3 = self._stage(32, 64, blocks, 2)
@@ -90,7 +91,7 @@ class CifarResNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, 64, H / 4, W / 4]."""
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = self.act1(self.bn1(self.conv1(x)))
         for stage in (self.layer1, self.layer2, self.layer3):
             x = checkpoint_seq(stage, x) if self.grad_checkpointing and self.training else stage(x)
         return x
@@ -167,4 +168,47 @@ def create_encoder(architecture: str, **model_args: Any) -> nn.Module:
     encoder = timm.create_model(architecture, num_classes=0, **model_args)
     if len(list(encoder.parameters())) != len(list(encoder.named_parameters(remove_duplicate=False))):
         raise ValueError(f"{architecture} uses one module in two places; safetensors can't store it. Use another name")
+    return encoder
+
+
+def stage_names(encoder: nn.Module) -> list[str]:
+    """Names of an encoder's stages in their order: the places of timm's `feature_info` but stems and single layers."""
+    info = getattr(encoder, "feature_info", [])
+    names = [stage["module"] for stage in (info.get_dicts() if hasattr(info, "get_dicts") else info)]
+    known = {name: module for name, module in encoder.named_modules() if name and "stem" not in name}
+    return [n for n in names if n in known and any(True for c in known[n].children() for _ in c.parameters())]
+
+
+def cut_encoder(encoder: nn.Module, stages: int, keep: Literal["first", "rest"]) -> nn.Module:
+    """Leave an encoder its stem and first stages, or what comes after them.
+
+    Empty sequences take the other places: they pass on what they get, and timm can go through their blocks. The names
+    of what is left stay, so that the two parts' state dicts together are the whole encoder's.
+
+    Args:
+        encoder: whose modules run in the order of their definition, each once; it is changed.
+        stages: how many.
+        keep: which part.
+
+    Raises:
+        ValueError: the encoder has not more stages than that.
+    """
+    names = stage_names(encoder)
+    if not 0 < stages < len(names):
+        architecture = encoder.pretrained_cfg["architecture"]
+        can = (
+            f"of {architecture}'s {len(names)} stages at most {len(names) - 1} can"
+            if names
+            else f"{architecture} has none"
+        )
+        raise ValueError(f"share_stages is {stages}: {can}")
+    parent = encoder
+    for part in names[stages - 1].split("."):
+        children = [name for name, _ in parent.named_children()]
+        place = children.index(part)
+        for name in children[:place] if keep == "rest" else children[place + 1 :]:
+            parent.add_module(name, nn.Sequential())
+        last, parent = parent, parent.get_submodule(part)
+    if keep == "rest":
+        last.add_module(part, nn.Sequential())
     return encoder

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from ecl_hf.losses import full_precision
 from ecl_hf.methods import Method, TaskOutputs
 from ecl_hf.modeling_ecl import ECLForImageClassification, create_head, log_prior_shift
-from ecl_hf.momentum import KeyQueue, MomentumEncoder
+from ecl_hf.momentum import KeyQueue, MomentumEncoder, follow, frozen_copy
 from ecl_hf.recipe import LossConfig
 
 
@@ -42,7 +42,7 @@ class CollaborativeTask(nn.Module):
         self.register_buffer("log_class_counts", counts.log(), persistent=False)
 
         width = model.experts[0].head.in_features
-        self.references = self.projectors = self.momentum = self.queue = None
+        self.references = self.projectors = self.momentum = self.momentum_trunk = self.queue = None
         if "reference" in method.needs:
             self.references = nn.ModuleList(create_head(model.config, width) for _ in range(num_experts))
         if "momentum" in method.needs:
@@ -52,6 +52,8 @@ class CollaborativeTask(nn.Module):
             )
             pairs = zip(model.experts, self.projectors, strict=True)
             self.momentum = nn.ModuleList(MomentumEncoder(expert.backbone, projector) for expert, projector in pairs)
+            if model.trunk is not None:
+                self.momentum_trunk = frozen_copy(model.trunk)
             self.queue = KeyQueue(num_experts, config.queue_size, config.projection_dim)
 
     def forward(
@@ -75,7 +77,11 @@ class CollaborativeTask(nn.Module):
             ref_logits = torch.stack([head(v) for head, v in zip(self.references, features, strict=True)])
         if self.momentum is not None:
             queries = torch.stack([project(v) for project, v in zip(self.projectors, features, strict=True)])
-            keys = torch.stack([encoder(contrast_pixel_values) for encoder in self.momentum])
+            inputs = contrast_pixel_values
+            if self.momentum_trunk is not None:
+                with torch.no_grad():
+                    inputs = self.momentum_trunk(inputs)
+            keys = torch.stack([encoder(inputs) for encoder in self.momentum])
         with torch.autocast(pixel_values.device.type, enabled=False):
             outputs = TaskOutputs(
                 labels=labels,
@@ -108,3 +114,5 @@ class CollaborativeTask(nn.Module):
         if self.momentum is not None:
             for expert, projector, key in zip(self.model.experts, self.projectors, self.momentum, strict=True):
                 key.follow(expert.backbone, projector, self.loss_config.key_momentum)
+        if self.momentum_trunk is not None:
+            follow([self.momentum_trunk], [self.model.trunk], self.loss_config.key_momentum)

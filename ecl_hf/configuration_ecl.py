@@ -31,6 +31,7 @@ class ECLConfig(PreTrainedConfig):
     Args:
         architecture: timm model name of every expert's encoder, with or without a weight tag.
         num_experts: number of experts K.
+        share_stages: how many of the encoder's first stages, with its stem, are one for all experts.
         classifier: "linear" (weights and bias) or "cosine" (scaled cosine similarity plus bias).
         classifier_scale: scale of the cosine classifier; 16 for ImageNet-LT, 32 for iNaturalist (Sec. VI-C).
         class_counts: training images of each class, in label order; None if unknown.
@@ -51,6 +52,7 @@ class ECLConfig(PreTrainedConfig):
 
     architecture: str = "resnet32_cifar"
     num_experts: int = 3
+    share_stages: int = 0
     classifier: Literal["linear", "cosine"] = "linear"
     classifier_scale: float | int = 16.0
     class_counts: list[int] | None = None
@@ -79,6 +81,11 @@ class ECLConfig(PreTrainedConfig):
         """At least one expert."""
         if not 1 <= self.num_experts <= MAX_EXPERTS:
             raise ValueError(f"num_experts must lie in 1..{MAX_EXPERTS}, got {self.num_experts}")
+
+    def validate_share_stages(self) -> None:
+        """No negative number; what the architecture allows is known when it is built."""
+        if self.share_stages < 0:
+            raise ValueError(f"share_stages must not be negative, got {self.share_stages}")
 
     def validate_model_args(self) -> None:
         """Arguments that shape the encoder, of a sane size; none that makes timm read a file."""

@@ -180,11 +180,13 @@ def save_timm(model: ECLForImageClassification, expert: int, directory: Path) ->
     state = chosen.backbone.state_dict() | {
         f"{classifier}.{name}": tensor for name, tensor in chosen.head.state_dict().items()
     }
+    if model.trunk is not None:
+        state |= model.trunk.backbone.state_dict()
     plain.load_state_dict(state, strict=True)
     plain.eval()
     image = torch.randn(2, *config.pretrained_cfg["input_size"])
     with torch.no_grad():
-        if not torch.allclose(plain(image), chosen.float().eval()(image)[1], rtol=1e-3, atol=1e-3):
+        if not torch.allclose(plain(image), model.float().eval()(image).expert_logits[:, expert], rtol=1e-3, atol=1e-3):
             raise ValueError(f"{config.architecture} treats features differently with a classifier: can't be exported")
     timm.models.save_for_hf(
         plain,

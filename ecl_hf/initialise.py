@@ -37,6 +37,7 @@ def initialise_model(
         ECLConfig(
             architecture=config.architecture,
             num_experts=method.experts(config.num_experts),
+            share_stages=config.share_stages,
             classifier=config.classifier,
             classifier_scale=config.classifier_scale,
             class_counts=class_counts,
@@ -47,10 +48,31 @@ def initialise_model(
             label2id={name: c for c, name in enumerate(class_names)},
         )
     )
+    if model.trunk is not None:
+        _check_cut(model)
     if state is not None:
-        for expert in model.experts:
-            expert.backbone.load_state_dict(state)
+        for part in (*model.experts, *filter(None, [model.trunk])):
+            part.backbone.load_state_dict({key: state[key] for key in part.backbone.state_dict()})
     return model
+
+
+@torch.no_grad()
+def _check_cut(model: ECLForImageClassification) -> None:
+    """See that trunk and rest compute what the whole encoder does; some of timm's do not run part after part."""
+    config, expert = model.config, model.experts[0]
+    with torch.random.fork_rng():
+        whole = create_encoder(config.architecture, **(config.model_args or {})).eval()
+        image = torch.randn(1, *config.pretrained_cfg["input_size"])
+    reason = "they compute something else"
+    model.eval()
+    try:
+        whole.load_state_dict(model.trunk.backbone.state_dict() | expert.backbone.state_dict())
+        same = torch.allclose(whole(image), expert(model.trunk(image))[0], rtol=1e-4, atol=1e-4)
+    except Exception as error:  # of timm's code, with parts that it does not expect
+        same, reason = False, error
+    model.train()
+    if not same:
+        raise ValueError(f"model.share_stages: {config.architecture} can't be cut between its stages: {reason}")
 
 
 def _encoder_settings(config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str, torch.Tensor] | None]:

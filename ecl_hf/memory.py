@@ -24,8 +24,8 @@ def checkpoint_blocks(model: ECLForImageClassification) -> None:
         ValueError: timm has none for this architecture.
     """
     try:
-        for expert in model.experts:
-            expert.backbone.set_grad_checkpointing(True)
+        for part in (*model.experts, *filter(None, [model.trunk])):
+            part.backbone.set_grad_checkpointing(True)
     except (AttributeError, AssertionError, NotImplementedError) as error:
         name = model.config.architecture
         raise ValueError(

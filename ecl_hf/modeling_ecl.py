@@ -2,8 +2,9 @@
 
 - An expert is a timm encoder without classifier plus a classification head (Sec. V-E keeps just these two).
 - The ensemble's logits are the mean of the experts' raw logits.
-- Saved with one safetensors file per expert, so that one expert can be read without the others. No pickle is ever read
-  or written.
+- Experts may share their first stages; what they share runs once.
+- Saved with one safetensors file per expert, and one of what they share, so that one expert can be read without the
+  others. No pickle is ever read or written.
 - A repository is untrusted input: what is wrong with it is an error that names the file.
 - timm's own initialisation is kept: `_init_weights` touches the heads alone.
 """
@@ -31,7 +32,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import cached_files, extract_commit_hash
 
-from .backbones import create_encoder
+from .backbones import create_encoder, cut_encoder
 from .configuration_ecl import ECLConfig
 
 DATA_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -135,12 +136,30 @@ def expert_disagreement(expert_logits: Tensor) -> Tensor:
     return (mixture - torch.special.entr(probabilities).sum(-1).mean(1)).clamp_min(0)
 
 
+class Trunk(nn.Module):
+    """Stem and first stages, which all experts share; [B, 3, H, W] -> activations."""
+
+    def __init__(self, config: ECLConfig) -> None:
+        super().__init__()
+        whole = create_encoder(config.architecture, **(config.model_args or {}))
+        self.backbone = cut_encoder(whole, config.share_stages, keep="first")
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """What enters the experts."""
+        return self.backbone.forward_features(pixel_values)
+
+
 class Expert(nn.Module):
-    """One expert: encoder and classification head; [B, 3, H, W] -> features [B, D] and logits [B, C]."""
+    """One expert: encoder, or the stages that it does not share, and classification head.
+
+    [B, 3, H, W], or the trunk's activations -> features [B, D] and logits [B, C].
+    """
 
     def __init__(self, config: ECLConfig) -> None:
         super().__init__()
         self.backbone = create_encoder(config.architecture, **(config.model_args or {}))
+        if config.share_stages:
+            cut_encoder(self.backbone, config.share_stages, keep="rest")
         self.head = create_head(config, self.backbone.head_hidden_size)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,11 +194,14 @@ class ECLForImageClassification(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     accepts_loss_kwargs = False
-    _no_split_modules = ("Expert",)
+    _no_split_modules = ("Expert", "Trunk")
 
     def __init__(self, config: ECLConfig) -> None:
         super().__init__(config)
         self.experts = nn.ModuleList(Expert(config) for _ in range(config.num_experts))
+        self.trunk = Trunk(config) if config.share_stages else None
+        if self.trunk and (twice := {*self.trunk.backbone.state_dict()} & {*self.experts[0].backbone.state_dict()}):
+            raise ValueError(f"share_stages: {config.architecture} has weights outside of its stages: {min(twice)}")
         if config.pretrained_cfg is None:
             config.pretrained_cfg = data_config(self.experts[0].backbone.pretrained_cfg, config.model_args)
         self.post_init()
@@ -238,7 +260,8 @@ class ECLForImageClassification(PreTrainedModel):
 
     def _run_experts(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Features [B, K, D] and logits [B, K, C]; experts may lie on different devices."""
-        outputs = [expert(pixel_values) for expert in self.experts]
+        inputs = pixel_values if self.trunk is None else self.trunk(pixel_values)
+        outputs = [expert(inputs) for expert in self.experts]
         features, logits = zip(*outputs, strict=True)
         return tuple(torch.stack([t.to(pixel_values.device) for t in tensors], dim=1) for tensors in (features, logits))
 
@@ -255,7 +278,8 @@ class ECLForImageClassification(PreTrainedModel):
         Args:
             pretrained_model_name_or_path: directory or Hub repository.
             *args: passed on.
-            experts: positions of the experts to load, in this order; only their files are read (or downloaded).
+            experts: positions of the experts to load, in this order; only their files are read (or downloaded), and
+                that of what they share.
             **kwargs: as for every `PreTrainedModel`; a `state_dict` is used in place of the saved weights.
 
         Raises:
@@ -272,7 +296,7 @@ class ECLForImageClassification(PreTrainedModel):
             if not isinstance(config, PreTrainedConfig):
                 config, kwargs = cls.config_class.from_pretrained(config, return_unused_kwargs=True, **hub, **kwargs)
             chosen = range(config.num_experts) if experts is None else list(experts)
-            kwargs["state_dict"] = _read_experts(source, config.num_experts, chosen, hub)
+            kwargs["state_dict"] = _read_experts(source, config, chosen, hub)
             kwargs["config"] = copy.deepcopy(config)
             kwargs["config"].num_experts = len(chosen)
             rows = {len(kwargs["state_dict"].get(f"experts.{k}.head.weight", ())) for k in range(len(chosen))}
@@ -296,7 +320,9 @@ class ECLForImageClassification(PreTrainedModel):
         return (model, info) if with_info else model
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write configuration, code, weights (one file per expert) and, if there is none, a short model card.
+        """Write configuration, code, weights and, if there is none, a short model card.
+
+        There is one file of weights for each expert and, behind them, what is left for the weights that they share.
 
         Args:
             save_directory: where to; other weights in it are replaced.
@@ -415,30 +441,35 @@ def upload_directory(
 
 
 def _read_experts(
-    source: str | Path, num_experts: int, experts: Sequence[int], hub: dict[str, Any]
+    source: str | Path, config: ECLConfig, experts: Sequence[int], hub: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """State dict of the chosen experts, renumbered from 0; opens their files only."""
-    wrong = [k for k in experts if k not in range(num_experts)]
+    """State dict of the chosen experts, renumbered from 0, and of what they share; opens their files only."""
+    wrong = [k for k in experts if k not in range(config.num_experts)]
     if wrong or not experts or len(set(experts)) < len(experts):
-        raise ValueError(f"experts={list(experts)} must name different experts out of 0..{num_experts - 1} of {source}")
+        raise ValueError(
+            f"experts={list(experts)} must name different experts out of 0..{config.num_experts - 1} of {source}"
+        )
+    parts = {f"experts.{k}.": f"experts.{position}." for position, k in enumerate(experts)}
+    if config.share_stages:
+        parts["trunk."] = "trunk."
     with explain_hub_errors(source):
         index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
-    names = {k: [SAFE_WEIGHTS_NAME] for k in experts}
+    names = {part: [SAFE_WEIGHTS_NAME] for part in parts}
     if index:
         weight_map = _read_index(index, source)
-        names = {k: sorted({f for key, f in weight_map.items() if key.startswith(f"experts.{k}.")}) for k in experts}
+        names = {part: sorted({f for key, f in weight_map.items() if key.startswith(part)}) for part in parts}
         if pinned := extract_commit_hash(index, None):  # else the files could be those of a later commit
             hub = {**hub, "revision": pinned}
-    if empty := [k for k in experts if not names[k]]:
-        raise ValueError(f"{source} has {SAFE_WEIGHTS_INDEX_NAME}, but it names no weights of expert {empty[0]}")
+    if empty := [part for part in parts if not names[part]]:
+        raise ValueError(f"{source} has {SAFE_WEIGHTS_INDEX_NAME}, but it names no weights of {empty[0][:-1]}")
     wanted = sorted({name for files in names.values() for name in files})
     with explain_hub_errors(source):
         paths = dict(zip(wanted, cached_files(source, wanted, **hub), strict=True))
     state = {}
-    for position, k in enumerate(experts):
-        for name in names[k]:
-            tensors = _read_tensors(paths[name], f"experts.{k}.", source)
-            state |= {f"experts.{position}.{key}": tensor for key, tensor in tensors.items()}
+    for part, renamed in parts.items():
+        for name in names[part]:
+            tensors = _read_tensors(paths[name], part, source)
+            state |= {f"{renamed}{key}": tensor for key, tensor in tensors.items()}
     return state
 
 

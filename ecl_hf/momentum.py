@@ -1,12 +1,25 @@
 """The momentum branch of the contrastive proxy task (Sec. V-C): key encoders and queues, in the manner of MoCo v2."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecl_hf.losses import full_precision
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """A copy whose parameters take no gradient."""
+    return copy.deepcopy(module).requires_grad_(False)
+
+
+@torch.no_grad()
+def follow(keys: Sequence[nn.Module], queries: Sequence[nn.Module], momentum: float) -> None:
+    """Move every parameter to `momentum * key + (1 - momentum) * query`."""
+    ours, theirs = ([parameter for module in part for parameter in module.parameters()] for part in (keys, queries))
+    torch._foreach_lerp_(ours, theirs, 1.0 - momentum)
 
 
 class MomentumEncoder(nn.Module):
@@ -19,20 +32,17 @@ class MomentumEncoder(nn.Module):
 
     def __init__(self, encoder: nn.Module, projector: nn.Module) -> None:
         super().__init__()
-        self.encoder = copy.deepcopy(encoder).requires_grad_(False)
-        self.projector = copy.deepcopy(projector).requires_grad_(False)
+        self.encoder = frozen_copy(encoder)
+        self.projector = frozen_copy(projector)
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Keys without gradient."""
         return F.normalize(*full_precision(self.projector(self.encoder(pixel_values))), dim=-1)
 
-    @torch.no_grad()
     def follow(self, encoder: nn.Module, projector: nn.Module, momentum: float) -> None:
-        """Move every parameter to `momentum * key + (1 - momentum) * query`."""
-        keys = [*self.encoder.parameters(), *self.projector.parameters()]
-        queries = [*encoder.parameters(), *projector.parameters()]
-        torch._foreach_lerp_(keys, queries, 1.0 - momentum)
+        """Move towards encoder and projector."""
+        follow((self.encoder, self.projector), (encoder, projector), momentum)
 
 
 class KeyQueue(nn.Module):

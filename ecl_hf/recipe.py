@@ -113,6 +113,8 @@ class ModelConfig:
     """Weights that every encoder starts from: true (timm's own), a local file, or a Hub repository in timm's format."""
     num_experts: int = 3
     """Number of experts K; methods that are defined for one expert train one."""
+    share_stages: int = 0
+    """Stages of the encoder, with its stem, that are one for all experts: cheaper, and not the paper's."""
     classifier: Literal["linear", "cosine"] = "linear"
     """Kind of the classification heads."""
     classifier_scale: float = 16.0
@@ -124,6 +126,7 @@ class ModelConfig:
         _check_values(self, "model.")
         _require(self.classifier_scale > 0, f"model.classifier_scale must be positive, got {self.classifier_scale}")
         _require(self.num_experts >= 1, f"model.num_experts must be at least 1, got {self.num_experts}")
+        _require(self.share_stages >= 0, f"model.share_stages must not be negative, got {self.share_stages}")
         _require(
             self.image_size is None or self.image_size >= 8,
             f"model.image_size must be at least 8, got {self.image_size}",

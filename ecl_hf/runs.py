@@ -280,7 +280,7 @@ def describe_environment(num_processes: int, device: torch.device) -> dict[str, 
 
 @torch.no_grad()
 def describe_model(model: ECLForImageClassification) -> dict[str, int]:
-    """Parameters and multiply-accumulate operations per image, of the ensemble and of one expert.
+    """Parameters and multiply-accumulate operations per image, of the ensemble and of one expert by itself.
 
     Raises:
         ValueError: the encoder can't take images of the configured size.
@@ -290,17 +290,20 @@ def describe_model(model: ECLForImageClassification) -> dict[str, int]:
     try:
         with FlopCounterMode(display=False) as counter:
             model(image)
+        with FlopCounterMode(display=False) as shared:
+            if model.trunk is not None:
+                model.trunk(image)
     except (RuntimeError, AssertionError) as error:
         size = "x".join(str(side) for side in image.shape[1:])
         raise ValueError(
             f"{model.config.architecture} can't take images of {size} (model.image_size): {error}"
         ) from error
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    macs = counter.get_total_flops() // 2
-    experts = len(model.experts)
-    return {
-        "parameters": parameters,
-        "parameters_per_expert": parameters // experts,
-        "macs": macs,
-        "macs_per_expert": macs // experts,
+    trunk = 0 if model.trunk is None else sum(parameter.numel() for parameter in model.trunk.parameters())
+    size = {
+        "parameters": (model.num_parameters(), trunk),
+        "macs": (counter.get_total_flops() // 2, shared.get_total_flops() // 2),
     }
+    described = {}
+    for name, (total, common) in size.items():
+        described |= {name: total, f"{name}_per_expert": common + (total - common) // len(model.experts)}
+    return described

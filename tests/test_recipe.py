@@ -45,6 +45,7 @@ PAPER = {
     "model.architecture": "resnet32_cifar",
     "model.pretrained": False,
     "model.num_experts": 3,
+    "model.share_stages": 0,
     "model.classifier": "linear",
     "model.classifier_scale": 16.0,
     "model.image_size": None,

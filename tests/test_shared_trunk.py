@@ -1,0 +1,195 @@
+"""Experts that share their first stages: what they compute, learn, cost, and how they are stored."""
+
+import copy
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+from train import main
+
+from ecl_hf import ECLConfig, ECLForImageClassification
+from ecl_hf.backbones import CifarResNet, create_encoder, cut_encoder, stage_names
+from ecl_hf.collaborative import CollaborativeTask
+from ecl_hf.hub import save_timm
+from ecl_hf.initialise import initialise_model
+from ecl_hf.methods import METHODS
+from ecl_hf.recipe import LossConfig, ModelConfig
+from ecl_hf.runs import describe_model
+from tests.children import TINY
+
+COUNTS = [20, 9, 4]
+
+
+def ensemble(share_stages=2, **settings):
+    settings = {"architecture": "resnet20_cifar", "num_experts": 2, "class_counts": COUNTS} | settings
+    torch.manual_seed(3)
+    return ECLForImageClassification(ECLConfig(share_stages=share_stages, **settings))
+
+
+def separate(model):
+    """The same ensemble with a copy of the trunk in every expert."""
+    config = copy.deepcopy(model.config)
+    config.share_stages = 0
+    whole = ECLForImageClassification(config)
+    trunk = model.trunk.backbone.state_dict()
+    for ours, theirs in zip(whole.experts, model.experts, strict=True):
+        ours.backbone.load_state_dict(trunk | theirs.backbone.state_dict())
+        ours.head.load_state_dict(theirs.head.state_dict())
+    return whole
+
+
+def test_stages_are_those_of_timm_with_weights():
+    assert stage_names(create_encoder("resnet20_cifar")) == ["layer1", "layer2", "layer3"]
+    assert stage_names(create_encoder("test_resnet")) == ["layer1", "layer2", "layer3", "layer4"]
+    assert stage_names(create_encoder("test_convnext")) == [f"stages.{i}" for i in range(4)]
+
+
+@pytest.mark.parametrize("architecture", ["resnet20_cifar", "test_resnet", "test_convnext", "test_efficientnet"])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_two_parts_are_the_whole_encoder(architecture, stages):
+    whole = create_encoder(architecture).eval()
+    first, rest = (cut_encoder(copy.deepcopy(whole), stages, keep) for keep in ("first", "rest"))
+    assert not first.state_dict().keys() & rest.state_dict().keys()
+    assert first.state_dict().keys() | rest.state_dict().keys() == whole.state_dict().keys()
+    assert f"{stage_names(whole)[stages - 1]}." in " ".join(first.state_dict())
+    assert f"{stage_names(whole)[stages]}." in " ".join(rest.state_dict())
+    image = torch.randn(2, *whole.pretrained_cfg["input_size"])
+    with torch.no_grad():
+        torch.testing.assert_close(rest(first.forward_features(image)), whole(image))
+
+
+def test_equals_experts_with_copies_of_the_trunk():
+    """Logits, loss, keys, and the gradient of the trunk, which is the sum of those of the copies; then one EMA step."""
+    model = ensemble().double()
+    tasks = []
+    for ensemble_ in (model, separate(model).double()):
+        torch.manual_seed(5)
+        tasks.append(CollaborativeTask(ensemble_, METHODS["ecl"], LossConfig(queue_size=8)).double())
+    ours, theirs = tasks
+    images, second = torch.randn(2, 6, 3, 16, 16).double()
+    labels = torch.tensor([0, 1, 2, 0, 1, 0])
+    ours.queue.load_state_dict(theirs.queue.state_dict())
+    for branch in ("references", "projectors"):
+        getattr(ours, branch).load_state_dict(getattr(theirs, branch).state_dict())
+    for mine, other in zip(ours.momentum, theirs.momentum, strict=True):
+        mine.projector.load_state_dict(other.projector.state_dict())
+    outputs = [task(images, labels, second) for task in tasks]
+    torch.testing.assert_close(outputs[0]["loss"], outputs[1]["loss"])
+    torch.testing.assert_close(outputs[0]["keys"], outputs[1]["keys"])
+    for out in outputs:
+        out["loss"].backward()
+    for name, parameter in ours.model.trunk.backbone.named_parameters():
+        copies = [expert.backbone.get_parameter(name).grad for expert in theirs.model.experts]
+        assert parameter.grad.abs().max() > 0
+        torch.testing.assert_close(parameter.grad, sum(copies))
+    for mine, other in zip(ours.model.experts, theirs.model.experts, strict=True):
+        for name, parameter in mine.backbone.named_parameters():
+            torch.testing.assert_close(parameter.grad, other.backbone.get_parameter(name).grad)
+    before = {name: value.clone() for name, value in ours.momentum_trunk.named_parameters()}
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(parameter.requires_grad)
+    ours.follow()
+    momentum = ours.loss_config.key_momentum
+    for name, value in ours.momentum_trunk.named_parameters():
+        query = ours.model.trunk.get_parameter(name)
+        torch.testing.assert_close(value, momentum * before[name] + (1 - momentum) * query)
+        assert not value.requires_grad
+
+
+def test_trunk_costs_once():
+    model = ensemble(num_experts=3)
+    shared, apart, single = (describe_model(m) for m in (model, separate(model), ensemble(0, num_experts=1)))
+    with FlopCounterMode(display=False) as counter:
+        cut_encoder(create_encoder("resnet20_cifar"), 2, "first").forward_features(torch.zeros(1, 3, 32, 32))
+    trunk = counter.get_total_flops() // 2
+    assert shared["macs"] == apart["macs"] - 2 * trunk
+    assert shared["parameters"] == apart["parameters"] - 2 * sum(p.numel() for p in model.trunk.parameters())
+    assert {key: shared[key] for key in ("macs_per_expert", "parameters_per_expert")} == {
+        key: single[key.removesuffix("_per_expert")] for key in ("macs_per_expert", "parameters_per_expert")
+    }
+
+
+def test_one_file_per_expert_and_one_of_what_they_share(tmp_path):
+    model = ensemble(num_experts=3).eval()
+    model.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    files = {}
+    for key, name in index.items():
+        files.setdefault(name, set()).add(".".join(key.split(".")[:2]))
+    assert sorted(map(sorted, files.values())) == [["experts.0"], ["experts.1"], ["experts.2"], ["trunk.backbone"]]
+    image = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(image).expert_logits
+        torch.testing.assert_close(ECLForImageClassification.from_pretrained(tmp_path)(image).expert_logits, expected)
+        (tmp_path / next(name for name, parts in files.items() if parts == {"experts.0"})).unlink()  # is not read
+        some = ECLForImageClassification.from_pretrained(tmp_path, experts=[2, 1])
+        torch.testing.assert_close(some(image).expert_logits, expected[:, [2, 1]])
+    del index["trunk.backbone.conv1.weight"]
+    weights = {key: name for key, name in index.items() if not key.startswith("trunk")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
+    with pytest.raises(ValueError, match="names no weights of trunk"):
+        ECLForImageClassification.from_pretrained(tmp_path, experts=[1])
+
+
+def test_expert_and_trunk_become_a_plain_timm_model(tmp_path):
+    model = ensemble(architecture="test_resnet", share_stages=1).eval()
+    save_timm(model, 1, tmp_path)
+    plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    image = torch.randn(2, *model.config.pretrained_cfg["input_size"])
+    with torch.no_grad():
+        torch.testing.assert_close(plain(image), model(image).expert_logits[:, 1])
+
+
+def test_pretrained_weights_reach_trunk_and_experts(tmp_path):
+    torch.manual_seed(0)
+    encoder = timm.create_model("test_resnet", num_classes=7)
+    file = tmp_path / "weights.pth"
+    torch.save(encoder.state_dict(), file)
+    config = ModelConfig(architecture="test_resnet", share_stages=2, pretrained=str(file), num_experts=2)
+    model = initialise_model(config, METHODS["ecl"], COUNTS, ["a", "b", "c"])
+    for part in (model.trunk, *model.experts):
+        assert all(torch.equal(encoder.state_dict()[key], value) for key, value in part.backbone.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "stages", "message"),
+    [
+        ("resnet20_cifar", 3, "share_stages is 3: of resnet20_cifar's 3 stages at most 2 can"),
+        ("resnet20_cifar", -1, "share_stages must not be negative"),
+        ("test_vit", 1, "test_vit has weights outside of its stages: cls_token"),
+        ("vgg11", 1, "share_stages is 1: vgg11 has none"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(architecture, stages, message):
+    with pytest.raises(ValueError, match=message):
+        initialise_model(
+            ModelConfig(architecture=architecture, share_stages=stages, num_experts=1),
+            METHODS["ecl"],
+            COUNTS,
+            ["a", "b", "c"],
+        )
+
+
+def test_encoder_that_uses_the_picture_twice_is_refused(monkeypatch):
+    """Its parts fit, and compute something else."""
+    forward = CifarResNet.forward_features
+    monkeypatch.setattr(CifarResNet, "forward_features", lambda self, x: forward(self, x) + x.mean())
+    config = ModelConfig(architecture="resnet20_cifar", share_stages=2, num_experts=1)
+    with pytest.raises(ValueError, match="resnet20_cifar can't be cut between its stages: they compute something else"):
+        initialise_model(config, METHODS["ecl"], COUNTS, ["a", "b", "c"])
+
+
+def test_training_resumes_bit_by_bit(tmp_path):
+    flags = [*TINY, "--model.share_stages=2", "--train.experts_one_by_one=true"]
+    whole = main([*flags, f"--output_dir={tmp_path / 'whole'}"])
+    for more in (["--train.max_steps=8"], ["--resume"]):
+        parts = main([*flags, f"--output_dir={tmp_path / 'parts'}", *more])
+    names = [path.name for path in (whole / "model").glob("*.safetensors")]
+    assert len(names) == 3
+    for name in names:
+        ours, theirs = (load_file(run / "model" / name) for run in (whole, parts))
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
