@@ -12,7 +12,7 @@ from ecl_hf.runs import FREE_TO_CHANGE, flatten
 
 SCORES = ("top1", "many", "medium", "few", "ece")
 OWN_SETTINGS = {
-    *("method", "seed", "data.imbalance_factor", "model.num_experts"),
+    *("method", "seed", "data.imbalance_factor", "model.num_experts", "model.share_stages"),
     *("loss.sup_reduction", "loss.alpha_logit", "loss.alpha_feature", "loss.beta"),
     *FREE_TO_CHANGE,
 }

@@ -43,9 +43,11 @@ PAPER_RECIPES = {
     "fig4": ("cifar100_lt",),
     "fig5": ("cifar100_lt",),
     "comparison": SCALES["paper"],
+    "shared_stages": SCALES["paper"],
 }
 GAMMAS = (10, 50, 100, 200)
 EXPERTS = (1, 2, 3, 4, 5)
+SHARED = (0, 1, 2)
 ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 BETAS = (0.0, 0.5, 1.0, 1.5, 2.0)
 ABLATION = {
@@ -73,6 +75,7 @@ NOTES = {
     "fig4": "Fig. 4: number of experts, without flip; the paper gives a picture.",
     "fig5": "Fig. 5: alpha (both distillations) and beta, without flip; the paper gives a picture.",
     "comparison": "",
+    "shared_stages": "Experts with and without shared first stages (`model.share_stages`); not in the paper.",
 }
 
 
@@ -113,6 +116,7 @@ def changed(cell: Cell, recipe: Recipe, **settings: Any) -> Cell:
     own = {
         "gamma": (recipe.data.imbalance_factor, ("data.imbalance_factor",)),
         "k": (recipe.model.num_experts, ("model.num_experts",)),
+        "share": (recipe.model.share_stages, ("model.share_stages",)),
         "alpha": (recipe.loss.alpha_logit, ("loss.alpha_logit", "loss.alpha_feature")),
         "beta": (recipe.loss.beta, ("loss.beta",)),
     }
@@ -130,6 +134,9 @@ def plan(target: str, recipe: Recipe, reduction: str) -> list[tuple[Cell, dict[s
         cells = [Cell("ce", "mean"), Cell("bc", "mean"), *(Cell("bc_ensemble", kind) for kind in ("mean", "sum"))]
         cells += [Cell("ncl", "mean"), *(Cell("ecl", kind) for kind in ("mean", "sum"))]
         return [(cell, {}) for cell in cells]
+    if target == "shared_stages":
+        pairs = product(("bc_ensemble", "ecl"), SHARED)
+        return [(changed(Cell(method, reduction), recipe, share=n), {}) for method, n in pairs]
     if target == "table1":
         methods = ("ce", "ncl", "bc_ensemble", "ecl")
         pairs = product(GAMMAS, methods)
@@ -216,7 +223,7 @@ def render(args: Namespace, recipe_name: str, rows: list[tuple[Cell, dict[str, s
         sys.exit(f"error: the runs of {recipe_name} have different recipes: {sorted(differing)}")
     heads = {cell.name: head for cell, head in rows}
     lines = ["Accuracy and calibration error of the last epoch in %, mean ± sample standard deviation over seeds."]
-    if args.target == "comparison":
+    if args.target in ("comparison", "shared_stages"):
         table = tables.comparison_rows(results)
     elif args.target in ("fig4", "fig5"):
         swept = [(cell.name, head) for cell, head in rows]  # the recipe's own setting is in both sweeps of Fig. 5
