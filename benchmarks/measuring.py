@@ -16,7 +16,7 @@ from typing import Any
 import timm
 import torch
 from jsonargparse import ArgumentParser
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ecl_hf import ECLConfig, ECLForImageClassification
@@ -163,7 +163,7 @@ def build_task(
 def ecl_step(
     task: CollaborativeTask,
     batch: Batch,
-    wrapped: nn.Module | None = None,
+    wrapped: Callable[..., dict[str, Any]] | None = None,
     gather: Callable[[Tensor], Tensor] = lambda keys: keys,
     reduce: Callable[[Tensor], Tensor] = lambda flags: flags,
     around_backward: Callable = nullcontext,
@@ -173,7 +173,7 @@ def ecl_step(
     Args:
         task: of `build_task`.
         batch: of `made_up_batch`.
-        wrapped: the task as several processes call it.
+        wrapped: the task as it is called, by several processes or in mixed precision.
         gather: keys of all processes.
         reduce: sum over all processes.
         around_backward: makes a context manager for the backward pass.

@@ -9,6 +9,7 @@ device, so that loading does not count.
 - floor: forward and backward of K bare timm models and K forwards without gradient, which no method with a momentum
   branch can do without; channels-last, no loss worth the name, no optimiser.
 - ECL: everything else of a step too: losses, queues, moving averages, the look for bad numbers, SGD.
+- bfloat16: with Accelerate's `--mixed_precision bf16`; compiled: with `train.compile`.
 - as NCL's: the same work as ECL's (K networks, distillation of all pairs, a contrastive branch each), in the order of
   the published code: default memory format, a loop over pairs, one softmax after the other, a moving average parameter
   by parameter. Written for this comparison.
@@ -119,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = new_parser("training_step.py", __doc__)
     add_sizes(parser, rounds=15)
     parser.add_argument("--compile", type=bool, default=True, help="Also time the compiled step")
+    parser.add_argument("--bfloat16", type=bool, default=True, help="Also time mixed precision")
     parser.add_argument("--profile", type=Path | None, help="File for the operations of the eager step by their time")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
@@ -130,6 +132,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "ECL": ecl_step(build_task(*sizes, device), batch),
         NESTED: nested_step(*sizes, batch),
     }
+    if args.bfloat16:
+        task = build_task(*sizes, device)
+        steps["ECL, bfloat16"] = ecl_step(task, batch, torch.autocast(device.type, torch.bfloat16)(task.forward))
     if args.compile:
         compiled = build_task(*sizes, device)
         compiled.compile()
