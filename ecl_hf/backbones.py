@@ -197,9 +197,9 @@ def cut_encoder(encoder: nn.Module, stages: int, keep: Literal["first", "rest"])
     if not 0 < stages < len(names):
         architecture = encoder.pretrained_cfg["architecture"]
         can = (
-            f"of {architecture}'s {len(names)} stages at most {len(names) - 1} can"
+            f"of {architecture}'s {len(names)} stages at most {len(names) - 1} can be shared"
             if names
-            else f"{architecture} has none"
+            else f"{architecture} has none; ResNets, ConvNeXt and Swin do, for instance"
         )
         raise ValueError(f"share_stages is {stages}: {can}")
     parent = encoder

@@ -201,7 +201,10 @@ class ECLForImageClassification(PreTrainedModel):
         self.experts = nn.ModuleList(Expert(config) for _ in range(config.num_experts))
         self.trunk = Trunk(config) if config.share_stages else None
         if self.trunk and (twice := {*self.trunk.backbone.state_dict()} & {*self.experts[0].backbone.state_dict()}):
-            raise ValueError(f"share_stages: {config.architecture} has weights outside of its stages: {min(twice)}")
+            raise ValueError(
+                f"share_stages: {config.architecture} has weights outside of its stages: {min(twice)}; "
+                "take 0, or a ResNet, ConvNeXt or Swin, for instance"
+            )
         if config.pretrained_cfg is None:
             config.pretrained_cfg = data_config(self.experts[0].backbone.pretrained_cfg, config.model_args)
         self.post_init()

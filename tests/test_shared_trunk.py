@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from train import main
 
@@ -15,6 +16,7 @@ from ecl_hf.backbones import CifarResNet, create_encoder, cut_encoder, stage_nam
 from ecl_hf.collaborative import CollaborativeTask
 from ecl_hf.hub import save_timm
 from ecl_hf.initialise import initialise_model
+from ecl_hf.memory import checkpoint_blocks, checkpoint_experts, counted_once
 from ecl_hf.methods import METHODS
 from ecl_hf.recipe import LossConfig, ModelConfig
 from ecl_hf.runs import describe_model
@@ -44,6 +46,7 @@ def separate(model):
 def test_stages_are_those_of_timm_with_weights():
     assert stage_names(create_encoder("resnet20_cifar")) == ["layer1", "layer2", "layer3"]
     assert stage_names(create_encoder("test_resnet")) == ["layer1", "layer2", "layer3", "layer4"]
+    assert stage_names(create_encoder("test_byobnet")) == [f"stages.{i}" for i in range(3)]  # timm counts its stem too
     assert stage_names(create_encoder("test_convnext")) == [f"stages.{i}" for i in range(4)]
 
 
@@ -135,6 +138,87 @@ def test_one_file_per_expert_and_one_of_what_they_share(tmp_path):
         ECLForImageClassification.from_pretrained(tmp_path, experts=[1])
 
 
+SWIN = {"img_size": 56, "embed_dim": 16, "depths": [2, 1], "num_heads": [1, 2], "drop_path_rate": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_args"),
+    [
+        ("resnet20_cifar", None),
+        ("test_resnet", None),
+        ("test_convnext", None),
+        ("test_efficientnet", {"drop_path_rate": 0.0}),
+        ("swin_tiny_patch4_window7_224", SWIN),
+    ],
+)
+def test_fewer_activations_kept_are_the_same_gradients(architecture, model_args):
+    tasks = []
+    for ways in ([], [checkpoint_blocks], [checkpoint_blocks, checkpoint_experts]):
+        model = ensemble(1, architecture=architecture, model_args=model_args)
+        for way in ways:
+            way(model)
+        tasks.append(CollaborativeTask(model, METHODS["bc_ensemble"]).train())
+    images, labels = torch.randn(6, 3, 56, 56), torch.tensor([0, 1, 2, 0, 1, 0])
+    kept = []
+    for task in tasks:
+        sizes = {}
+        with saved_tensors_hooks(lambda x, sizes=sizes: sizes.setdefault(x.data_ptr(), x.nbytes) and x, lambda x: x):
+            out = task(images, labels)
+        kept.append(sum(sizes.values()))
+        with counted_once(task):
+            out["loss"].backward()
+    assert kept[2] < kept[1] < kept[0]
+    plain, *saving = ({n: p.grad for n, p in task.named_parameters()} | dict(task.named_buffers()) for task in tasks)
+    for other in saving:
+        torch.testing.assert_close(other, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_trunks_run_once_and_keep_their_activations_once():
+    model = ensemble(num_experts=3)
+    calls, kept = [], []
+    for ensemble_ in (model, separate(model)):
+        task = CollaborativeTask(ensemble_, METHODS["ecl"], LossConfig(queue_size=8)).train()
+        for trunk in filter(None, [task.model.trunk, task.momentum_trunk]):
+            trunk.register_forward_hook(lambda *_: calls.append(1))
+        images, sizes = torch.randn(2, 6, 3, 16, 16), {}
+        with saved_tensors_hooks(lambda x, sizes=sizes: sizes.setdefault(x.data_ptr(), x.nbytes) and x, lambda x: x):
+            output = task(images[0], torch.tensor([0, 1, 2, 0, 1, 0]), images[1])  # held, so that no address is reused
+        kept.append(sum(sizes.values()))
+        del output
+    assert len(calls) == 2
+    assert kept[0] < 0.6 * kept[1]
+
+
+def test_chosen_expert_downloads_its_file_and_the_trunks(hub):
+    model, image = ensemble(num_experts=3).eval(), torch.randn(2, 3, 32, 32)
+    model.push_to_hub("owner/shared")
+    loaded = ECLForImageClassification.from_pretrained("owner/shared", experts=[1])
+    assert torch.equal(loaded(image).expert_logits, model(image).expert_logits[:, [1]])
+    assert {name for name in hub.downloaded("owner/shared") if name.endswith(".safetensors")} == {
+        "model-00002-of-00004.safetensors",
+        "model-00004-of-00004.safetensors",
+    }
+
+
+@pytest.mark.parametrize("num_experts", [1, 3])
+def test_trunk_larger_than_an_expert_comes_back(tmp_path, num_experts):
+    """It then takes several files; the experts' are as ever."""
+    model = ensemble(4, architecture="test_efficientnet", num_experts=num_experts).eval()
+    trunk, expert = (sum(p.numel() for p in part.parameters()) for part in (model.trunk, model.experts[0]))
+    assert trunk > expert
+    model.save_pretrained(tmp_path)
+    weights = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    parts = {
+        prefix: {file for key, file in weights.items() if key.startswith(prefix)} for prefix in ("experts", "trunk")
+    }
+    assert len(parts["experts"]) == num_experts
+    assert not parts["experts"] & parts["trunk"]
+    loaded = ECLForImageClassification.from_pretrained(tmp_path, experts=[num_experts - 1])
+    image = torch.randn(2, *model.config.pretrained_cfg["input_size"])
+    with torch.no_grad():
+        assert torch.equal(loaded(image).expert_logits, model(image).expert_logits[:, -1:])
+
+
 def test_expert_and_trunk_become_a_plain_timm_model(tmp_path):
     model = ensemble(architecture="test_resnet", share_stages=1).eval()
     save_timm(model, 1, tmp_path)
@@ -158,10 +242,10 @@ def test_pretrained_weights_reach_trunk_and_experts(tmp_path):
 @pytest.mark.parametrize(
     ("architecture", "stages", "message"),
     [
-        ("resnet20_cifar", 3, "share_stages is 3: of resnet20_cifar's 3 stages at most 2 can"),
+        ("resnet20_cifar", 3, "share_stages is 3: of resnet20_cifar's 3 stages at most 2 can be shared"),
         ("resnet20_cifar", -1, "share_stages must not be negative"),
         ("test_vit", 1, "test_vit has weights outside of its stages: cls_token"),
-        ("vgg11", 1, "share_stages is 1: vgg11 has none"),
+        ("legacy_xception", 1, "share_stages is 1: legacy_xception has none"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(architecture, stages, message):
