@@ -103,6 +103,8 @@ FREE = {
     "train.keep_last": 9,
     "train.on_nonfinite": "skip",
     "train.timeout": 5.0,
+    "train.gradient_checkpointing": True,
+    "train.experts_one_by_one": True,
     "data.path": "/mnt/elsewhere",
     "data.train_list": "/mnt/elsewhere/train.txt",
     "data.test_list": "/mnt/elsewhere/test.txt",
