@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -225,6 +226,7 @@ def save_onnx(model: ECLForImageClassification, file: Path) -> float:
         ImportError: the packages of the extra `onnx` are not installed.
         ValueError: ONNX Runtime computes other logits.
     """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else ONNX Runtime reports each use to its makers
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  (what torch.onnx.export needs)

@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime's
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # huggingface_hub and transformers
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
