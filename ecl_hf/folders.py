@@ -15,6 +15,7 @@ from torchvision.datasets.folder import make_dataset
 from ecl_hf.recipe import DataConfig
 
 PICTURES = frozenset(ImageFolder.EXTENSIONS)
+SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
 TABLES = (".parquet", ".arrow", "metadata.csv", "metadata.jsonl")
 """Endings of files that say themselves what the classes are."""
 
@@ -53,6 +54,10 @@ def read_class_folders(root: Path, config: DataConfig) -> tuple[dict[str, datase
     parts = {"train": root / config.train_split, "test": root / config.test_split}
     if config.test_fraction is not None:
         parts = {"train": parts["train"] if _is_split(parts["train"]) else root}
+        if parts["train"] == root and (found := _folders(root)) and SPLITS.issuperset(found):
+            raise ValueError(
+                f"{root} has no split {config.train_split!r} (data.train_split); it has {', '.join(found)}"
+            )
     there = {key: _folders(part) for key, part in parts.items()}
     class_names = sorted(set().union(*there.values()))
     files, ignored = {}, Counter()
@@ -80,6 +85,11 @@ def read_class_folders(root: Path, config: DataConfig) -> tuple[dict[str, datase
             f"{parts['train']} has one class folder, {class_names[0]!r}: a table that names the classes must be called "
             "metadata.csv and have a column file_name"
         )
+    for part in parts.values():
+        if loose := sum(
+            _suffix(entry.name) in PICTURES for entry in os.scandir(part) if not entry.name.startswith(".")
+        ):
+            warnings.warn(f"{part}: {loose} pictures lie in no class folder and are left out", stacklevel=2)
     if ignored:
         kinds = ", ".join(f"{kind} ({count})" for kind, count in ignored.most_common(5))
         warnings.warn(f"{root}: {ignored.total()} files are no pictures by their suffix: {kinds}", stacklevel=2)

@@ -52,20 +52,36 @@ def read_source(config: DataConfig) -> Source:
         splits = _digits()
         choose_columns(splits["train"].features, config, name)
         return Source(name, *splits.values(), class_names=[str(c) for c in range(10)])
-    if config.path and (found := read_class_folders(directory(config), config)):
-        splits, class_names = found
-        choose_columns(splits["train"].features, config, name)
-        return Source(name, splits["train"], splits.get("test"), class_names)
-    loaded, stored = read_splits(config)
+    return read_in_place(config) or _source(config, *read_splits(config))
+
+
+def read_in_place(config: DataConfig) -> Source | None:
+    """Class folders and what `save_to_disk` wrote, of which nothing is copied; None for all else."""
+    if config.path is None:
+        return None
+    root = directory(config)
+    if any((root / file).is_file() for file in ("dataset_dict.json", "state.json")):
+        with reading(config.path):
+            saved = datasets.load_from_disk(config.path)
+        return _source(config, _wanted(saved if isinstance(saved, dict) else {config.train_split: saved}, config), {})
+    if (found := read_class_folders(root, config)) is None:
+        return None
+    splits, class_names = found
+    choose_columns(splits["train"].features, config, config.path)
+    return Source(config.path, splits["train"], splits.get("test"), class_names)
+
+
+def _source(config: DataConfig, loaded: dict[str, datasets.Dataset], stored: dict[str, list[str]]) -> Source:
+    name = config.path or config.source
     image, label = choose_columns(loaded["train"].features, config, name)
     splits, where = {}, {"train": config.train_split, "test": config.test_split}
     for key, split in loaded.items():
         choose_columns(split.features, config, f"{name}, split {where[key]}")
-        columns = split.select_columns([image, label]).rename_columns({image: "image", label: "label"})
-        splits[key] = columns
-    class_names = _class_names(splits)
+        splits[key] = split.select_columns([image, label]).rename_columns({image: "image", label: "label"})
+    class_names = stored.get("train") or _class_names(splits)
     for key, split in splits.items():
-        labels = _numbers(split, class_names, stored.get(key), f"{name}, split {where[key]}, column {label}")
+        own = stored.get(key) or getattr(split.features["label"], "names", None)
+        labels = numbers(split, class_names, own, f"{name}, split {where[key]}, column {label}")
         splits[key] = with_labels(split, labels, class_names)
     return Source(name, splits["train"], splits.get("test"), class_names)
 
@@ -99,31 +115,31 @@ def _label_column(split: datasets.Dataset) -> pa.ChunkedArray:
 
 
 def read_splits(config: DataConfig) -> tuple[dict[str, datasets.Dataset], dict[str, list[str]]]:
-    """What `datasets` reads: "train" and, unless `test_fraction` is set, "test".
-
-    Returns:
-        The splits; and for each the class names in the order in which its own parquet files number them, where they do,
-        since `datasets` takes the names of the first file for all.
-    """
+    """What `datasets` reads: "train" and, unless `test_fraction` is set, "test"; and the `stored_names` of each."""
     name = config.path or config.source
-    wanted = {"train": config.train_split} | ({} if config.test_fraction is not None else {"test": config.test_split})
-    stored = {}
-    if config.path and any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):
-        with reading(name):
-            saved = datasets.load_from_disk(name)
-        loaded = saved if isinstance(saved, dict) else {config.train_split: saved}
-    else:
-        with reading(name):
-            builder = datasets.load_dataset_builder(str(Path(name).resolve()) if config.path else name, config.subset)
-        stored = _stored_names(builder, wanted, config)
-        with reading(name):
-            builder.download_and_prepare()
-            loaded = builder.as_dataset()
-    for key, split in wanted.items():
+    with reading(name):
+        builder = datasets.load_dataset_builder(str(Path(name).resolve()) if config.path else name, config.subset)
+    stored = stored_names(builder, config)
+    with reading(name):
+        builder.download_and_prepare()
+        loaded = builder.as_dataset()
+    return _wanted(loaded, config), stored
+
+
+def _wanted(loaded: dict[str, datasets.Dataset], config: DataConfig) -> dict[str, datasets.Dataset]:
+    """The splits of a configuration, "train" and, unless `test_fraction` is set, "test"."""
+    for key, split in _split_names(config).items():
         if split not in loaded:
             advice = "; data.test_fraction cuts one from the training pictures" if key == "test" else ""
-            raise ValueError(f"{name} has no split {split!r} (data.{key}_split); it has {', '.join(loaded)}{advice}")
-    return {key: loaded[split] for key, split in wanted.items()}, stored
+            seen = ", ".join(loaded)
+            raise ValueError(
+                f"{config.path or config.source} has no split {split!r} (data.{key}_split); it has {seen}{advice}"
+            )
+    return {key: loaded[split] for key, split in _split_names(config).items()}
+
+
+def _split_names(config: DataConfig) -> dict[str, str]:
+    return {"train": config.train_split} | ({} if config.test_fraction is not None else {"test": config.test_split})
 
 
 @contextmanager
@@ -138,8 +154,12 @@ def reading(name: str) -> Iterator[None]:
         raise ValueError(f"can't read the data set {name}: {e.__cause__ or e}{advice}") from e
 
 
-def _stored_names(builder: datasets.DatasetBuilder, wanted: dict[str, str], config: DataConfig) -> dict[str, list[str]]:
-    """Class names in the order of each split's own parquet files; of remote ones the first is asked."""
+def stored_names(builder: datasets.DatasetBuilder, config: DataConfig) -> dict[str, list[str]]:
+    """Class names of "train" and "test" in the order in which each split's own parquet files number them, if they do.
+
+    `datasets` takes the names of the first file for all. Of remote files the first of each split is asked.
+    """
+    wanted = _split_names(config)
     if not isinstance(builder, Parquet) or not set(wanted.values()) <= builder.config.data_files.keys():
         return {}
     name, stored = config.path or config.source, {}
@@ -154,11 +174,6 @@ def _stored_names(builder: datasets.DatasetBuilder, wanted: dict[str, str], conf
             names = features[label].names
             if stored.setdefault(key, names) != names:
                 raise ValueError(f"{name}: the files of split {split} number the classes differently, see {file}")
-    if only := sorted(set(stored.get("test", [])) - set(stored["train"])):
-        raise ValueError(
-            f"{name}: {len(only)} classes of split {wanted['test']} are none of split {wanted['train']}: "
-            f"{', '.join(only[:10])}"
-        )
     return stored
 
 
@@ -201,24 +216,30 @@ def _class_names(splits: dict[str, datasets.Dataset]) -> list[str]:
     return [str(c) for c in range(min((-1 if largest is None else largest) + 1, len(columns[0])))]
 
 
-def _numbers(split: datasets.Dataset, class_names: list[str], stored: list[str] | None, where: str) -> np.ndarray:
-    """Labels as positions in `class_names`, [N]; `stored` are the names in the order in which the split counts."""
+def numbers(split: datasets.Dataset, class_names: list[str], stored: list[str] | None, where: str) -> np.ndarray:
+    """Labels as positions in `class_names`, [N]; `stored` are the names in the order in which the split counts.
+
+    Raises:
+        ValueError: a label or a class that is none of `class_names`; the message names the first.
+    """
+    if only := sorted(set(stored or []) - set(class_names)):
+        raise ValueError(f"{where}: {len(only)} classes are none of the training split: {', '.join(only[:10])}")
     column = _label_column(split)
     if not len(column):
         raise ValueError(f"{where}: no images")
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        numbers = pc.fill_null(pc.index_in(column, pa.array(class_names, column.type)), -1).to_numpy().astype(np.int64)
+        labels = pc.fill_null(pc.index_in(column, pa.array(class_names, column.type)), -1).to_numpy().astype(np.int64)
         last = "the class names"
     else:
-        numbers = pc.fill_null(column, -1).to_numpy().astype(np.int64)
+        labels = pc.fill_null(column, -1).to_numpy().astype(np.int64)
         last = f"0..{len(class_names if stored is None else stored) - 1}"
-    wrong = np.flatnonzero((numbers < 0) | (numbers >= len(class_names if stored is None else stored)))
+    wrong = np.flatnonzero((labels < 0) | (labels >= len(class_names if stored is None else stored)))
     if len(wrong):
         row = int(wrong[0])
         raise ValueError(f"{where}: row {row} has label {column[row]}, outside {last} ({len(wrong)} such rows)")
-    if stored is not None and stored != class_names and set(stored) <= set(class_names):
-        numbers = np.array([class_names.index(name) for name in stored])[numbers]
-    return numbers
+    if stored is not None and stored != class_names:
+        labels = np.array([class_names.index(name) for name in stored])[labels]
+    return labels
 
 
 def _digits() -> dict[str, datasets.Dataset]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import fsspec
+import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
@@ -22,8 +23,20 @@ from torch.utils.data import DataLoader, Sampler
 from ecl_hf.loaders import OnError, collated, draw, own_generators
 from ecl_hf.pictures import BrokenPictureError, content, decode
 from ecl_hf.recipe import DataConfig
-from ecl_hf.sources import choose_columns, reading
+from ecl_hf.sources import (
+    Source,
+    choose_columns,
+    labels_of,
+    numbers,
+    read_in_place,
+    reading,
+    stored_names,
+    with_labels,
+)
 from ecl_hf.views import View
+
+SHARDS = 64
+"""Most parts of local pictures, of which a stream takes one after the other in random order."""
 
 
 def open_streams(config: DataConfig) -> tuple[datasets.IterableDataset, datasets.Dataset, list[int], list[str]]:
@@ -36,6 +49,8 @@ def open_streams(config: DataConfig) -> tuple[datasets.IterableDataset, datasets
         FileNotFoundError: there is no data set.
         ValueError: a split or column is missing, a label lies outside the classes, or the class counts do not fit.
     """
+    if source := read_in_place(config):
+        return _streamed(source, config)
     name = config.path or config.source
     with reading(name):
         builder = datasets.load_dataset_builder(str(Path(name).resolve()) if config.path else name, config.subset)
@@ -47,25 +62,48 @@ def open_streams(config: DataConfig) -> tuple[datasets.IterableDataset, datasets
         parts[key] = streams[split] if streams[split].features else streams[split]._resolve_features()
     image, label = choose_columns(parts["train"].features, config, name)
     feature = parts["train"].features[label]
-    if feature.dtype == "string":
+    if "string" in feature.dtype:
         raise ValueError(f"{name}: streaming needs labels that are numbers, column {label!r} holds strings")
-    names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    stored = stored_names(builder, config)
+    names = stored.get("train") or getattr(feature, "names", None)
     counts = config.class_counts or count_labels(builder, config, parts["train"], label, names)
     if names is not None and len(counts) != len(names):
         raise ValueError(f"data.class_counts has {len(counts)} numbers, but {name} has {len(names)} classes")
+    own = stored.get("test") or names
     names = names or [str(c) for c in range(len(counts))]
-    if empty := [names[c] for c, count in enumerate(counts) if not count]:
-        raise ValueError(f"{name} has no training image of {len(empty)} classes: {', '.join(empty[:10])}")
+    _check_counts(counts, names, name)
     for key, part in parts.items():
         new = {old: name for old, name in ((image, "image"), (label, "label")) if old != name}
         columns = part.cast_column(image, datasets.Image(decode=False))  # first of all: each step would decode
-        parts[key] = (
-            columns.select_columns([image, label])
-            .rename_columns(new)
-            .cast_column("label", datasets.ClassLabel(names=names))
+        columns = columns.select_columns([image, label]).rename_columns(new)
+        kind = datasets.ClassLabel(names=names) if key == "train" else datasets.Value("int64")
+        parts[key] = columns.cast_column("label", kind)
+    with reading(f"{name}, split {config.test_split}"):
+        test = datasets.Dataset.from_generator(
+            _rows, features=parts["test"].features, gen_kwargs={"stream": parts["test"]}
         )
-    test = datasets.Dataset.from_generator(_rows, features=parts["test"].features, gen_kwargs={"stream": parts["test"]})
-    return parts["train"], test, list(counts), names
+    labels = numbers(test, names, own, f"{name}, split {config.test_split}, column {label}")
+    return parts["train"], with_labels(test, labels, names), list(counts), names
+
+
+def _streamed(
+    source: Source, config: DataConfig
+) -> tuple[datasets.IterableDataset, datasets.Dataset, list[int], list[str]]:
+    """Pictures that lie here as a stream, mixed once since they are often sorted by class."""
+    names, labels = source.class_names, labels_of(source.train)
+    counts = np.bincount(labels, minlength=len(names)).tolist()
+    _check_counts(counts, names, source.name)
+    if config.class_counts not in (None, counts):
+        raise ValueError(f"data.class_counts are not those of {source.name}: leave them out, they are counted")
+    rows = np.random.default_rng(0).permutation(len(labels))
+    mixed = source.train.cast_column("image", datasets.Image(decode=False)).select(rows)
+    equal = max(n for n in range(1, SHARDS + 1) if len(rows) % n == 0)  # else processes would have unequal parts
+    return mixed.to_iterable_dataset(equal), source.test, counts, names
+
+
+def _check_counts(counts: list[int], names: list[str], name: str) -> None:
+    if empty := [names[c] for c, count in enumerate(counts) if not count]:
+        raise ValueError(f"{name} has no training image of {len(empty)} classes: {', '.join(empty[:10])}")
 
 
 def _rows(stream: datasets.IterableDataset) -> Iterator[dict[str, Any]]:

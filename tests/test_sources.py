@@ -230,6 +230,35 @@ def test_splits_that_number_the_classes_differently(tmp_path):
         assert [data.class_names[label] for label in split["label"]] == names * (len(split) // 3)
 
 
+def test_saved_splits_that_number_the_classes_differently(tmp_path):
+    names = ["bee", "wasp", "ant"]
+    splits = {}
+    for split, order, n in (("train", sorted(names), 6), ("test", ["wasp", "ant", "bee"], 1)):
+        columns = datasets.Features({"image": datasets.Image(), "label": class_label(*order)})
+        rows = [{"image": picture(i), "label": order.index(name)} for i, name in enumerate(names * n)]
+        splits[split] = datasets.Dataset.from_list(rows, columns)
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    data = load_longtailed(as_is(tmp_path / "saved"))
+    for split in (data.train, data.test):
+        assert [data.class_names[label] for label in split["label"]] == names * (len(split) // 3)
+
+
+def test_pictures_beside_the_class_folders_are_counted(tmp_path):
+    class_folders(tmp_path, {"ant": 6, "bee": 6})
+    for name in ("x.png", "y.JPG", ".hidden.png"):
+        picture(1).save(tmp_path / name)
+    with pytest.warns(UserWarning, match=rf"^{re.escape(str(tmp_path))}: 2 pictures lie in no class folder"):
+        assert load_longtailed(as_is(tmp_path, test_fraction=0.2)).class_counts == [5, 5]
+
+
+def test_split_folders_are_not_taken_for_classes(tmp_path):
+    for split in ("training", "validation"):
+        class_folders(tmp_path / split, {"ant": 6, "bee": 6})
+    with pytest.raises(ValueError, match=r"no split 'train' \(data.train_split\); it has training, validation"):
+        load_longtailed(as_is(tmp_path, test_fraction=0.2))
+    assert load_longtailed(as_is(tmp_path, train_split="training", test_fraction=0.2)).class_names == ["ant", "bee"]
+
+
 def test_test_split_that_knows_fewer_classes(tmp_path):
     parquet(tmp_path / "data", "train-0", ["ant", "bee", "wasp"] * 6, class_label("ant", "bee", "wasp"))
     parquet(tmp_path / "data", "test-0", ["wasp", "bee"], class_label("bee", "wasp"))
@@ -241,7 +270,9 @@ def test_test_split_that_knows_fewer_classes(tmp_path):
 def test_classes_of_the_test_split_alone(tmp_path):
     parquet(tmp_path / "data", "train-0", ["ant", "bee"] * 6, class_label("ant", "bee"))
     parquet(tmp_path / "data", "test-0", ["ant", "fly", "wasp"], class_label("ant", "fly", "wasp"))
-    with pytest.raises(ValueError, match="2 classes of split test are none of split train: fly, wasp"):
+    with pytest.raises(
+        ValueError, match="split test, column label: 2 classes are none of the training split: fly, wasp"
+    ):
         load_longtailed(as_is(tmp_path / "data"))
 
 

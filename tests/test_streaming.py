@@ -87,6 +87,61 @@ def test_split_is_what_the_stored_one_is(tmp_path):
         assert a.tobytes() == b.tobytes()
 
 
+def test_local_pictures_that_are_no_parquet_files(tmp_path):
+    """Nested class folders, which `datasets` alone would number by the innermost folder, and what was saved to disk."""
+    stored = load_longtailed(DataConfig(path=str(write(tmp_path / "data")), profile="as_is"))
+    datasets.DatasetDict({"train": stored.train, "test": stored.test}).save_to_disk(tmp_path / "saved")
+    for split, part in (("train", stored.train), ("test", stored.test)):
+        for i, row in enumerate(part):
+            folder = tmp_path / "nested" / split / NAMES[row["label"]] / f"year {i % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            row["image"].save(folder / f"{i}.png")
+    by_number = {
+        image.getpixel((0, 0))[0] // 5: c for image, c in zip(stored.train["image"], stored.train["label"], strict=True)
+    }
+    for kind in ("saved", "nested"):
+        ours = load_longtailed(config(tmp_path / kind))
+        assert (ours.class_counts, ours.class_names) == (COUNTS, NAMES)
+        assert sorted(ours.test["label"]) == [0, 1, 1, 2]
+        for epoch in (0, 1):
+            parts = [list(loader(ours, epoch, process=p, processes=2)) for p in (0, 1)]
+            pictures = [seen(part).int().tolist() for part in parts]
+            assert [len(set(part)) for part in pictures] == [20, 20]
+            assert not {*pictures[0]} & {*pictures[1]}
+            labels = [torch.cat([batch["labels"] for batch in part]).tolist() for part in parts]
+            assert labels == [[by_number[i] for i in part] for part in pictures]
+        with pytest.raises(ValueError, match="class_counts are not those of"):
+            load_longtailed(config(tmp_path / kind, class_counts=[24, 13, 8]))
+    (tmp_path / "nested" / "train" / "dodo").mkdir()
+    with pytest.raises(ValueError, match="no training image of 1 classes: dodo"):
+        load_longtailed(config(tmp_path / "nested"))
+
+
+def test_files_that_number_the_classes_differently(tmp_path):
+    folder = write(tmp_path / "data", files=2)
+    labels = load_longtailed(config(folder)).test["label"][:]
+    for split, wrong in (("test-00000-of-00001", None), ("train-00001-of-00002", "files of split train number")):
+        file = folder / f"{split}.parquet"
+        there = datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path / "other"))
+        other = datasets.Features(there.features | {"label": datasets.ClassLabel(names=NAMES[::-1])})
+        datasets.Dataset.from_list([row | {"label": 2 - row["label"]} for row in there], other).to_parquet(file)
+        if wrong is None:
+            assert load_longtailed(config(folder)).test["label"][:] == labels
+        else:
+            with pytest.raises(ValueError, match=wrong):
+                load_longtailed(config(folder))
+
+
+@pytest.mark.parametrize("label", [3, -1, None])
+def test_label_of_the_test_split_outside_the_classes(label, tmp_path):
+    folder = write(tmp_path / "data", label=datasets.Value("int64"))
+    columns = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+    rows = [{"img": Image.new("L", (8, 8)), "label": c} for c in (0, label)]
+    datasets.Dataset.from_list(rows, columns).to_parquet(folder / "test-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match=rf"split test, column label: row 1 has label {label}, outside 0..2"):
+        load_longtailed(config(folder))
+
+
 def test_counting_decodes_and_reads_no_picture(tmp_path, monkeypatch):
     folder = write(tmp_path / "data", label=datasets.Value("int64"))
     asked, read = [], streaming.pq.read_table
@@ -193,13 +248,14 @@ def test_what_the_user_is_told(options, said, tmp_path):
         load_longtailed(DataConfig(**{"path": str(folder), "profile": "as_is", "streaming": True} | options))
 
 
-def test_strings_and_classes_without_pictures(tmp_path):
+@pytest.mark.parametrize("kind", ["string", "large_string"])
+def test_strings_and_classes_without_pictures(kind, tmp_path):
     with pytest.raises(ValueError, match=r"no training image of 1 classes: cow$"):
         load_longtailed(config(write(tmp_path / "empty", counts=[9, 5])))
     folder = tmp_path / "words"
     folder.mkdir()
     rows = [{"img": Image.new("L", (8, 8)), "label": "ant"}]
-    columns = datasets.Features({"img": datasets.Image(), "label": datasets.Value("string")})
+    columns = datasets.Features({"img": datasets.Image(), "label": datasets.Value(kind)})
     for split in ("train", "test"):
         datasets.Dataset.from_list(rows, columns).to_parquet(folder / f"{split}-0.parquet")
     with pytest.raises(ValueError, match="column 'label' holds strings"):
