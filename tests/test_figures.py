@@ -59,15 +59,15 @@ def test_transfer():
         {"a": np.array([1.0, 2, 3]), "b": np.array([4.0, 5, 6])},
         {"b": np.array([1.1, 1.2, 1.3])},
         {"a": np.array([10, 20, 30]), "b": np.array([5, 50, 5])},
-        *(COUNTS, NAMES, 20.0),
+        *(COUNTS, NAMES, [20, 10, 30]),
     )
     titles = [axes.get_title() for axes in figure.axes]
     assert titles == ["transferred logit value", "transfer weight (Eq. 6)", "number of predictions"]
     assert lines(figure.axes[0], "a")[1].tolist() == [2, 1, 3]
     assert lines(figure.axes[1], "b")[1].tolist() == [1.2, 1.1, 1.3]
     assert lines(figure.axes[2], "b")[1].tolist() == [50, 5, 5]
-    assert any(set(line.get_ydata()) == {20.0} for line in figure.axes[2].lines)
-    without = plots.plot_transfer({"a": np.ones(3)}, {}, {"a": np.ones(3)}, COUNTS, NAMES, 1.0)
+    assert [10, 20, 30] in [list(line.get_ydata()) for line in figure.axes[2].lines]
+    without = plots.plot_transfer({"a": np.ones(3)}, {}, {"a": np.ones(3)}, COUNTS, NAMES, [1, 1, 1])
     assert len(without.axes) == 2
 
 
@@ -189,7 +189,7 @@ def test_many_classes_are_drawn_without_their_names(classes, tmp_path):
     figures = [
         plots.plot_class_histogram(counts, names),
         plots.plot_class_accuracy(values, counts),
-        plots.plot_transfer(values, {}, values, counts, names, 3.0),
+        plots.plot_transfer(values, {}, values, counts, names, [3] * classes),
         plots.plot_feature_distance({"a": random.random((3, classes))}, counts, names),
     ]
     for figure in figures:
@@ -205,3 +205,18 @@ def test_same_arrays_give_the_same_file_and_leave_the_style_alone(tmp_path):
     assert dict(matplotlib.rcParams) == before
     assert "pyplot" not in str(type(plots.plot_class_histogram(COUNTS, NAMES).canvas))
     assert isinstance(plots.plot_class_histogram(COUNTS, NAMES), Figure)
+
+
+def test_names_are_written_out(tmp_path):
+    """Dollars would be a formula, mostly a wrong one; a legend leaves out what begins with an underscore."""
+    names = ["_rest", "5$ and 6$", "$x_^$"]
+    values, points = {"$x^$": np.ones(3)}, (np.ones((3, 2)), np.arange(3))
+    figures = [
+        plots.plot_class_histogram(COUNTS, names),
+        plots.plot_transfer(values, {}, values, COUNTS, names, [1, 1, 1]),
+        plots.plot_confusion({"$x^$": np.eye(3)}, COUNTS, names),
+        plots.plot_tsne({"$x^$": points}, COUNTS, names),
+    ]
+    for figure in figures:
+        figure.savefig(tmp_path / "x.svg")
+    assert [text.strip() for text in legend(figures[-1])] == ["5$ and 6$ (200)", "_rest (30)", "$x_^$ (5)"]

@@ -174,7 +174,7 @@ def draw_all(runs: dict[str, Evidence], tables: dict[str, list[dict[str, str]]])
     counts, names = first["class_counts"], first["class_names"]
     tests = {run: evidence.evaluation for run, evidence in runs.items()}
     predicted = {run: matrix.sum(0) for run, matrix in of_runs(runs, "confusion").items()}
-    ideal = first["test_images"] / len(counts)
+    tested = next((matrix.sum(1) for matrix in of_runs(runs, "confusion").values()), [])
     theory = {run: float(test["logit_prior"] == "train") for run, test in tests.items()}
     ensembles = {run: test["reliability"]["plain"]["ensemble"] for run, test in tests.items()}
     errors = {run: test["test"]["plain"]["ensemble"]["ece"] for run, test in tests.items()}
@@ -187,7 +187,7 @@ def draw_all(runs: dict[str, Evidence], tables: dict[str, list[dict[str, str]]])
         "training": (plots.plot_training, epochs),
         "fig2_transfer": (
             *(plots.plot_transfer, of_runs(runs, "transfer_value"), of_runs(runs, "transfer_weight")),
-            *(predicted, counts, names, ideal),
+            *(predicted, counts, names, tested),
         ),
         "fig4_experts": (plots.plot_expert_number, points(tables.get("fig4", []))),
         "fig5_weights": (plots.plot_loss_weights, points(tables.get("fig5", []))),

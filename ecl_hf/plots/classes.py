@@ -78,7 +78,12 @@ def plot_class_accuracy(runs: Runs, class_counts: Sequence[int]) -> Figure:
 
 @styled
 def plot_transfer(
-    values: Runs, weights: Runs, predicted: Runs, class_counts: Sequence[int], class_names: Sequence[str], tested: float
+    values: Runs,
+    weights: Runs,
+    predicted: Runs,
+    class_counts: Sequence[int],
+    class_names: Sequence[str],
+    tested: Sequence[int],
 ) -> Figure:
     """Transferred logit value, transfer weight and number of predictions for each class (Fig. 2).
 
@@ -88,7 +93,7 @@ def plot_transfer(
         predicted: name -> test images given each class, [C].
         class_counts: [C].
         class_names: [C].
-        tested: test images of a class, the ideal number of predictions.
+        tested: test images of each class, the ideal numbers of predictions, [C].
     """
     parts = [("transferred logit value", values), ("transfer weight (Eq. 6)", weights)]
     parts = [part for part in [*parts, ("number of predictions", predicted)] if part[1]]
@@ -98,7 +103,7 @@ def plot_transfer(
         draw_by_class(axes, {name: runs.get(name, np.full(len(class_counts), np.nan)) for name in order}, class_counts)
         axes.set_title(title)
         mark_classes(axes, class_counts, class_names)
-    panels[-1].axhline(tested, color="#333333", linestyle="--", linewidth=1)
+    panels[-1].plot(np.asarray(tested)[class_ranking(class_counts)], color="#333333", linestyle="--", linewidth=1)
     panels[-1].set_ylim(bottom=0)
     shared_legend(figure, panels[0], len(order))
     return figure
@@ -120,9 +125,9 @@ def plot_tsne(runs: Runs, class_counts: Sequence[int], class_names: Sequence[str
     for axes, (name, (points, labels)) in zip(panels, runs.items(), strict=True):
         for c, colour in zip(classes, colours, strict=False):
             mine = points[labels == c]
-            axes.scatter(
-                *mine.T, s=7, color=colour, alpha=0.75, linewidths=0, label=f"{class_names[c]} ({class_counts[c]})"
-            )
+            label = f"{class_names[c]} ({class_counts[c]})"
+            label = f" {label}" if label.startswith("_") else label  # which a legend would leave out
+            axes.scatter(*mine.T, s=7, color=colour, alpha=0.75, linewidths=0, label=label)
         axes.set_title(name)
         axes.set(xticks=[], yticks=[])
         axes.grid(visible=False)

@@ -33,6 +33,7 @@ def plot_training(runs: Runs) -> Figure:
             axes.plot(*zip(*points, strict=True) if points else ([], []), color=colour, label=name)
         axes.set_title(term)
         axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
     shared_legend(figure, panels[0], len(runs))
     return figure
 
@@ -77,7 +78,7 @@ def plot_loss_weights(points: Sequence[dict[str, Any]]) -> Figure:
     figure, panels = make_panels(len(swept), sharey=True)
     for axes, name in zip(panels, swept, strict=True):
         _with_errors(axes, [point for point in points if point["swept"] == name], "value", "top1")
-        axes.set_xlabel({"alpha": r"$\alpha$ (distillation)", "beta": r"$\beta$ (contrast)"}[name])
+        axes.set_xlabel({"alpha": "α (distillation)", "beta": "β (contrast)"}[name])  # noqa: RUF001 (alpha it is)
         axes.set_title("top-1 in %")
     shared_legend(figure, panels[0], 2)
     return figure
@@ -98,6 +99,7 @@ def plot_landscape(runs: Runs) -> Figure:
             axes.plot(magnitudes, curves.mean(0), color=colour, linewidth=2.2)
         column[0].set_title(name)
         column[1].set_xlabel("magnitude of the perturbation")
+        column[1].locator_params(axis="x", nbins=4)
     top = max(min(1.05 * np.max(loss), 2 * np.min(loss) + 4) for _, loss, _ in runs.values())
     grid[0, 0].set_ylim(0, top)
     grid[1, 0].set_ylim(bottom=0)
@@ -149,7 +151,7 @@ def plot_posthoc(runs: Runs) -> Figure:
             axes.plot(curves["taus"], 100 * np.array(expert), color=colour, alpha=0.35, linewidth=0.9)
         axes.plot(curves["taus"], 100 * np.array(curves["ensemble"]), color=colour, label=name)
         axes.axvline(theory, color=colour, linestyle=":", linewidth=1.2)
-    axes.set_xlabel(r"$\tau$")
+    axes.set_xlabel("τ")
     axes.set_ylabel("top-1 in %")
     shared_legend(figure, axes, len(runs))
     return figure

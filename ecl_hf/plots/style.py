@@ -31,6 +31,7 @@ STYLE = {
     "grid.color": "#e3e3e3",
     "legend.frameon": False,
     "lines.linewidth": 1.6,
+    "text.parse_math": False,  # a name with two dollars is no formula
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
     "svg.hashsalt": "ecl_hf",  # the same picture is the same file
