@@ -2,13 +2,16 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import evaluate
 import numpy as np
 import predict
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
@@ -164,6 +167,47 @@ def test_evaluation_needs_a_run_or_a_model_with_recipe(run, capsys):
 def test_evaluation_names_missing_files(run, flags):
     with pytest.raises(SystemExit, match="nope"):
         evaluate.main([flag.format(recipe=run / "recipe.yaml", model=run / "model") for flag in flags])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("x.json", "no json", "is no JSON file of this script"),
+        ("x.json", "[1]", "is no JSON file of this script"),
+        ("x.npz", None, "must be a .json file"),
+    ],
+)
+def test_output_that_can_not_be_written_is_refused_before_the_test(name, content, said, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_longtailed", lambda _: pytest.fail("work was begun"))
+    if content:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(SystemExit, match=said):
+        evaluate.main([f"--run={run}", f"--output={tmp_path / name}"])
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_tiny_test_split(good, run, tmp_path, monkeypatch):
+    """Two pictures are too few for t-SNE; none at all is told."""
+    pictures = load_longtailed(Recipe.from_file(run / "recipe.yaml").data)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["data"]["on_error"] = "skip"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    rows = [{"image": {"bytes": b"nothing", "path": None}, "label": 1}] * 2
+    rows += [{"image": image, "label": 0} for image in pictures.test["image"][:good]]
+    monkeypatch.setattr(
+        evaluate,
+        "load_longtailed",
+        lambda _: replace(pictures, test=datasets.Dataset.from_list(rows, pictures.test.features)),
+    )
+    flags = [f"--model={run / 'model'}", f"--recipe={tmp_path / 'recipe.yaml'}", f"--output={tmp_path / 'x.json'}"]
+    if good:
+        assert evaluate.main(flags)["test_images"] == good
+        with np.load(tmp_path / "x.npz") as arrays:
+            assert arrays["confusion"].sum() == good
+            assert "tsne_points" not in arrays
+    else:
+        with pytest.raises(SystemExit, match="none of 2 test pictures can be decoded"):
+            evaluate.main(flags)
 
 
 def test_missing_model_or_run_is_named(tmp_path):

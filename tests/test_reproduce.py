@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import statistics
 from pathlib import Path
@@ -16,6 +17,7 @@ from train import main as train
 from ecl_hf import tables
 from ecl_hf.methods import METHODS
 from ecl_hf.recipe import Recipe
+from ecl_hf.runs import RunFolder
 
 ROOT = Path(__file__).parents[1]
 FLAGS = (
@@ -164,6 +166,34 @@ def test_shards_part_the_runs(tiny, capsys):
     assert len(whole) == 20  # the recipe's own cell is in both sweeps, and run once
     assert set().union(*parts) == set(whole)
     assert sum(map(len, parts)) == len(whole)
+
+
+def test_dry_run_copies_no_result(tmp_path, tiny, capsys):
+    run = RunFolder(tmp_path / "runs" / "tiny" / "ecl-mean" / "seed0")
+    run.path.mkdir(parents=True)
+    run.results_file.write_text(json.dumps(made_up(0, experts=(0.4, 0.4, 0.4)) | {"finished": True}))
+    assert run.finished
+    reproduce.main(["fig4", *tiny, "--dry_run", "--seeds", "0"])
+    assert "tiny ecl-mean seed 0: finished" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("seed0.json"))
+
+
+def test_damaged_result_is_named(tmp_path, tiny):
+    place(tmp_path / "tiny", "ecl-mean", made_up(0, experts=(0.4, 0.4, 0.4)))
+    (file,) = tmp_path.rglob("seed0.json")
+    file.write_text(file.read_text()[:50])
+    for switch in ("--dry_run", "--render_only"):
+        with pytest.raises(SystemExit, match=f"{re.escape(str(file))} is damaged"):
+            reproduce.main(["fig4", *tiny, switch, "--seeds", "0"])
+
+
+def test_flags_may_hold_a_path_with_a_blank(tiny, monkeypatch):
+    commands = []
+    run = lambda command: commands.append(command) or SimpleNamespace(returncode=1)  # noqa: E731
+    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=run))
+    with pytest.raises(SystemExit, match="these runs failed"):
+        reproduce.main(["table4", *tiny, "--cells", "ecl-mean", "--seeds", "0", "--flags=--data.path 'my data'"])
+    assert commands[0][-2:] == ["--data.path", "my data"]
 
 
 @pytest.mark.parametrize(

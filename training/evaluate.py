@@ -182,13 +182,27 @@ def class_arrays(predictions: Predictions, counts: list[int]) -> dict[str, np.nd
     ensemble = predictions.expert_logits.mean(1).argmax(-1)
     arrays["confusion"] = confusion_matrix(ensemble, labels, classes).to(torch.int32).numpy()
     arrays["feature_distance"] = pairwise_feature_distance(predictions.features, labels, classes).numpy()
-    shown = embed_features(predictions.features[:, 0], labels, counts)
+    shown = embed_features(predictions.features[:, 0], labels, counts) if len(labels) >= 3 else {}
     return arrays | {f"tsne_{name}": values for name, values in shown.items()}
 
 
-def write(output: Path, results: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+def read_output(output: Path) -> dict[str, Any]:
+    """What an earlier call wrote there; empty if nothing did."""
+    if output.suffix != ".json":
+        raise ValueError(f"output {output} must be a .json file")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"output: there is no directory {output.parent}")
+    try:
+        old = json.loads(output.read_text()) if output.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"output {output} is there, and is no JSON file of this script: {error}") from error
+    if not isinstance(old, dict):
+        raise ValueError(f"output {output} is there, and is no JSON file of this script")
+    return old
+
+
+def write(output: Path, old: dict[str, Any], results: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """Write both files; of a run's own results the part that speaks of the training stays."""
-    old = json.loads(output.read_text()) if output.exists() else {}
     if "recipe" in old:
         results = old | {key: results[key] for key in ("test", "test_images")}
     else:
@@ -206,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     transformers.utils.logging.set_verbosity_error()
     accelerator = Accelerator()
     try:
+        old = read_output(args.output) if args.output else {}
         config = Recipe.from_file(args.recipe).data
         config.path = args.data.path or config.path
         with accelerator.main_process_first():
@@ -214,8 +229,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         names = [model.config.id2label[c] for c in range(model.config.num_labels)]
         if wrong := next((pair for pair in zip_longest(names, data.class_names) if pair[0] != pair[1]), None):
             raise ValueError(f"{args.model} and the data set have different classes: {wrong[0]!r} against {wrong[1]!r}")
-        if args.output and not args.output.parent.is_dir():
-            raise FileNotFoundError(f"output: there is no directory {args.output.parent}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
@@ -234,6 +247,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arrays = {}
     try:
         predictions = predict(plain, bar, accelerator.gather_for_metrics, with_features=args.output is not None)
+        if not len(predictions.labels):
+            sys.exit(f"error: none of {len(data.test)} test pictures can be decoded")
         if args.run is not None:
             arrays |= transfer_arrays(accelerator, plain, RunFolder(args.run), data, args.batch_size)
         if args.landscape_images:
@@ -263,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             batch = torch.zeros(SPEED_BATCH, *plain.config.pretrained_cfg["input_size"], device=plain.device)
             results |= {"images_per_second": measure_speed(plain, batch), "landscape_images": args.landscape_images}
             results |= score_tables(predictions, counts, plain.config.logit_prior)
-            write(args.output, results, arrays | class_arrays(predictions, counts))
+            write(args.output, old, results, arrays | class_arrays(predictions, counts))
     accelerator.end_training()
     return results
 

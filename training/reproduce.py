@@ -1,9 +1,9 @@
 """Run the cells of one of the paper's tables or figures as ordinary runs, and render it from their results.
 
-    python training/reproduce.py table3 --scale small --dry_run true            # what would be run, and how long
+    python training/reproduce.py table3 --scale small --dry_run                 # what would be run, and how long
     python training/reproduce.py table3 --scale small --seeds 0 1 2
     python training/reproduce.py table1 --scale paper --shard 2/4               # the second of four machines
-    python training/reproduce.py comparison --scale small --render_only true    # this project's own comparison
+    python training/reproduce.py comparison --scale small --render_only         # this project's own comparison
 
 Runs go to `runs/<recipe>/<cell>/seed<n>`; finished ones are skipped and interrupted ones continued. The results of
 each run and the tables, as Markdown and CSV, go to `training/results/<recipe>`; results that lie there already, such as
@@ -11,7 +11,7 @@ those of other machines, need no run folder.
 """
 
 import json
-import shutil
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -176,10 +176,19 @@ def results_of(args: Namespace, recipe_name: str, cell: str, seed: int) -> dict[
     """A cell's finished results: of its run, which are copied to the results, or of such a copy."""
     run = RunFolder(args.runs_dir / recipe_name / cell / f"seed{seed}")
     copy = args.results_dir / recipe_name / cell / f"seed{seed}.json"
-    if run.finished:
+    if run.finished and not args.dry_run:
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(run.results_file, copy)
-    return json.loads(copy.read_text()) if copy.exists() else None
+        write_atomically(copy, run.results_file.read_text())
+    file = run.results_file if run.finished else copy
+    return read_results(file) if file.exists() else None
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """Content of a results file; SystemExit names one that is damaged."""
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        sys.exit(f"error: {file} is damaged: {error}")
 
 
 def estimate(args: Namespace, recipe_name: str, cell: Cell) -> str:
@@ -191,7 +200,7 @@ def estimate(args: Namespace, recipe_name: str, cell: Cell) -> str:
     changes = {key: value for key, value, _ in cell.changes}
     hours = []
     for file in files:
-        result = json.loads(file.read_text())
+        result = read_results(file)
         recipe = result["recipe"]
         experts = METHODS[cell.method].experts(changes.get("model.num_experts", recipe["model"]["num_experts"]))
         like = recipe["method"] == cell.method and len(result["test"]["plain"]["experts"]) == experts
@@ -271,8 +280,9 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         target.add_argument("--shard", type=str, default="1/1", help="i/n: every n-th run, beginning with the i-th")
         target.add_argument("--runs_dir", type=Path, default=Path("runs"), help="Where the runs are")
         target.add_argument("--results_dir", type=Path, default=Path("training/results"), help="Where the tables go")
-        target.add_argument("--dry_run", type=bool, default=False, help="List the runs with their expected cost")
-        target.add_argument("--render_only", type=bool, default=False, help="Train nothing")
+        switch = {"type": bool, "nargs": "?", "const": True, "default": False}
+        target.add_argument("--dry_run", **switch, help="List the runs with their expected cost, and write nothing")
+        target.add_argument("--render_only", **switch, help="Train nothing")
         targets.add_subcommand(name, target, help=target.description)
     chosen = parser.parse_args(argv)
     args = chosen[chosen.target]
@@ -329,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
             print(f"{name} {cell.name} seed {seed}", flush=True)
             flags = ["--recipe", str(files[name]), "--output_dir", str(run.path), "--seed", str(seed), "--resume"]
             flags += [f"--data.path={args.data_paths[name]}"] if name in args.data_paths else []
-            if subprocess.run([sys.executable, TRAIN, *flags, *cell.flags, *args.flags.split()]).returncode:
+            if subprocess.run([sys.executable, TRAIN, *flags, *cell.flags, *shlex.split(args.flags)]).returncode:
                 failed.append(f"{name} {cell.name} seed {seed}")
     if args.dry_run:
         return []
