@@ -12,6 +12,7 @@
 import copy
 import json
 import math
+import operator
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -283,43 +284,40 @@ class ECLForImageClassification(PreTrainedModel):
             *args: passed on.
             experts: positions of the experts to load, in this order; only their files are read (or downloaded), and
                 that of what they share.
-            **kwargs: as for every `PreTrainedModel`; a `state_dict` is used in place of the saved weights.
+            **kwargs: as for every `PreTrainedModel`, but there is no `variant`; a `state_dict` is used in place of the
+                saved weights.
 
         Raises:
-            ValueError: `experts` names one that is not there, none, or one twice; encoder weights are missing; or a
-                weight file is damaged, is not what the index says, or holds numbers that are not finite.
+            ValueError: `experts` names one that is not there, none, or one twice; encoder weights are missing or of
+                another shape; or a weight file is damaged, is not what the index says, or holds numbers that are not
+                finite.
             RuntimeError: the heads are for another number of classes.
             OSError: the repository or a file is not there, or can't be had.
         """
+        if kwargs.pop("variant", None):
+            raise ValueError("ECL models have no variants of their weights; dtype= chooses the precision")
         with_info = kwargs.pop("output_loading_info", False)
+        state = kwargs.pop("state_dict", None)
+        # Not for the configuration, which would take "auto" for a type.
+        precision = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
+        hub = {key: kwargs.pop(key) for key in HUB_KEYS if key in kwargs}
         source = pretrained_model_name_or_path
-        if source is not None and kwargs.get("state_dict") is None:
-            hub = {key: kwargs.pop(key) for key in HUB_KEYS if key in kwargs}
-            config = kwargs.pop("config", source)
-            if not isinstance(config, PreTrainedConfig):
-                config, kwargs = cls.config_class.from_pretrained(config, return_unused_kwargs=True, **hub, **kwargs)
-            chosen = range(config.num_experts) if experts is None else list(experts)
-            kwargs["state_dict"] = _read_experts(source, config, chosen, hub)
-            kwargs["config"] = copy.deepcopy(config)
-            kwargs["config"].num_experts = len(chosen)
-            rows = {len(kwargs["state_dict"].get(f"experts.{k}.head.weight", ())) for k in range(len(chosen))}
-            if not kwargs.get("ignore_mismatched_sizes") and (wrong := rows - {0, config.num_labels}):
-                raise RuntimeError(
-                    f"the heads of {source} are for {wrong.pop()} classes, the configuration for {config.num_labels}; "
-                    "ignore_mismatched_sizes=True starts a new head"
-                )
-            source = None  # nothing more to read
+        config = kwargs.pop("config", None) or source
+        if not isinstance(config, PreTrainedConfig):
+            config, kwargs = cls.config_class.from_pretrained(config, return_unused_kwargs=True, **hub, **kwargs)
+        config = copy.deepcopy(config)
+        if state is None:
+            chosen = range(config.num_experts) if experts is None else _positions(experts, config, source)
+            state = _read_experts(source, config, chosen, hub)
+            config.num_experts = len(chosen)
         elif experts is not None:
             raise ValueError("experts= chooses among saved weights; with a state_dict of your own, choose there")
-        model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
-        # Left alone, these would be uninitialised memory.
-        absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-        if absent := sorted(key for key in absent if ".backbone." in key):
-            raise ValueError(
-                f"{pretrained_model_name_or_path} has no fitting weights for {len(absent)} encoder tensors of "
-                f"{model.config.architecture}, such as {absent[0]}; it is incomplete or made for another architecture"
-            )
-        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
+        _check_fit(state, config, source, new_heads=kwargs.get("ignore_mismatched_sizes", False))
+        model, info = super().from_pretrained(
+            None, *args, config=config, state_dict=state, output_loading_info=True, **precision, **kwargs
+        )
+        if source is not None:
+            model.name_or_path = model.config.name_or_path = str(source)
         return (model, info) if with_info else model
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -331,7 +329,12 @@ class ECLForImageClassification(PreTrainedModel):
             save_directory: where to; other weights in it are replaced.
             push_to_hub: also upload the directory, to `repo_id` or a repository of the directory's name.
             **kwargs: as for every `PreTrainedModel` and for `push_to_hub`; `max_shard_size` has no effect.
+
+        Raises:
+            ValueError: a `variant` is asked for.
         """
+        if kwargs.pop("variant", None):
+            raise ValueError("ECL models have no variants of their weights; model.half() saves half precision")
         hub = {key: kwargs.pop(key) for key in ("repo_id", "private", "commit_message", "create_pr") if key in kwargs}
         directory = Path(save_directory)
         if kwargs.get("is_main_process", True):
@@ -443,15 +446,23 @@ def upload_directory(
         )
 
 
+def _positions(experts: Sequence[int], config: ECLConfig, source: str | Path) -> list[int]:
+    """The chosen experts as integers, if they name different ones of those that are there."""
+    try:
+        chosen = [operator.index(k) for k in experts]
+    except TypeError:
+        chosen = []
+    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(config.num_experts)):
+        raise ValueError(
+            f"experts={experts} must be a list of different experts out of 0..{config.num_experts - 1} of {source}"
+        )
+    return chosen
+
+
 def _read_experts(
     source: str | Path, config: ECLConfig, experts: Sequence[int], hub: dict[str, Any]
 ) -> dict[str, Tensor]:
     """State dict of the chosen experts, renumbered from 0, and of what they share; opens their files only."""
-    wrong = [k for k in experts if k not in range(config.num_experts)]
-    if wrong or not experts or len(set(experts)) < len(experts):
-        raise ValueError(
-            f"experts={list(experts)} must name different experts out of 0..{config.num_experts - 1} of {source}"
-        )
     parts = {f"experts.{k}.": f"experts.{position}." for position, k in enumerate(experts)}
     if config.share_stages:
         parts["trunk."] = "trunk."
@@ -474,6 +485,27 @@ def _read_experts(
             tensors = _read_tensors(paths[name], part, source)
             state |= {f"{renamed}{key}": tensor for key, tensor in tensors.items()}
     return state
+
+
+def _check_fit(state: dict[str, Tensor], config: ECLConfig, source: str | Path | None, *, new_heads: bool) -> None:
+    """Refuse weights that do not fit, before memory is taken for the model: left alone, it would hold anything."""
+    with torch.device("meta"):  # one expert, which stands for all, and nothing in its tensors
+        parts = dict.fromkeys((f"experts.{k}." for k in range(config.num_experts)), Expert(config).state_dict())
+        if config.share_stages:
+            parts["trunk."] = Trunk(config).state_dict()
+    shapes = {f"{part}{name}": tensor.shape for part, tensors in parts.items() for name, tensor in tensors.items()}
+    unfit = sorted(key for key, shape in shapes.items() if key in state and state[key].shape != shape)
+    absent = sorted(key for key in shapes if ".backbone." in key and key not in state)
+    if encoder := [*absent, *(key for key in unfit if ".backbone." in key)]:
+        raise ValueError(
+            f"{source} has no fitting weights for {len(encoder)} encoder tensors of {config.architecture}, such as "
+            f"{encoder[0]}; it is incomplete or made for another architecture"
+        )
+    if unfit and not new_heads:
+        raise RuntimeError(
+            f"the heads of {source} do not fit: {unfit[0]} is {list(state[unfit[0]].shape)}, but the configuration "
+            f"asks for {list(shapes[unfit[0]])}; ignore_mismatched_sizes=True starts new heads"
+        )
 
 
 def _read_index(path: str, source: str | Path) -> dict[str, str]:
@@ -500,7 +532,10 @@ def _read_tensors(path: str, prefix: str, source: str | Path) -> dict[str, Tenso
     except SafetensorError as error:
         raise ValueError(f"{name} of {source} is damaged or no safetensors file ({error}); get it anew") from error
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype.itemsize == 1):
+            raise ValueError(f"{name} of {source} holds {tensor.dtype} in {prefix}{key}, which no ECL model does")
+        # What is finite in double precision may not be so in single.
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise ValueError(f"{name} of {source} holds numbers that are not finite, in {prefix}{key}; don't use it")
     return tensors
 

@@ -279,7 +279,7 @@ def test_what_is_not_there_is_named(run, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(SystemExit, match="nowhere holds no model"):
         export.main(["--run", "nowhere", "--output", str(out)])
-    with pytest.raises(SystemExit, match=r"experts=\[7\] must name different experts out of 0..2"):
+    with pytest.raises(SystemExit, match=r"experts=\[7\] must be a list of different experts out of 0..2"):
         export.main(["--run", str(run.path), "--output", str(out), "--timm", "--expert", "7"])
     (tmp_path / "other.json").write_text('{"top1": 1}')
     with pytest.raises(SystemExit, match=r"other\.json is no results file"):

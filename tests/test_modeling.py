@@ -271,15 +271,35 @@ def test_the_files_of_the_other_experts_matter_otherwise(ensemble, tmp_path):
         ECLForImageClassification.from_pretrained(part, experts=[1, 2])
 
 
+def test_weights_of_ones_own_with_the_configuration_of_a_directory(ensemble, tmp_path):
+    model, directory = ensemble
+    own = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    loaded = ECLForImageClassification.from_pretrained(directory, state_dict=own)
+    assert_close(loaded.state_dict(), own, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="no fitting weights"):
+        ECLForImageClassification.from_pretrained(
+            directory, state_dict={"experts.0.head.bias": own["experts.0.head.bias"]}
+        )
+
+
+def test_variants_of_weights_are_refused(ensemble, tmp_path):
+    model, directory = ensemble
+    with pytest.raises(ValueError, match="no variants"):
+        model.save_pretrained(tmp_path / "new", variant="fp16")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="no variants"):
+        ECLForImageClassification.from_pretrained(directory, variant="fp16")
+
+
 def test_the_only_expert_can_be_chosen(tmp_path):
     model, x = build(num_experts=1), images()
     model.save_pretrained(tmp_path)
     assert torch.equal(ECLForImageClassification.from_pretrained(tmp_path, experts=[0])(x).logits, model(x).logits)
 
 
-@pytest.mark.parametrize("experts", [[3], [-1], [0, 3], [], [1, 1]], ids=str)
+@pytest.mark.parametrize("experts", [[3], [-1], [0, 3], [], [1, 1], [1.0], 1], ids=str)
 def test_impossible_choices_of_experts(ensemble, experts):
-    with pytest.raises(ValueError, match=r"experts=\[.*0\.\.2"):
+    with pytest.raises(ValueError, match=r"experts=.*0\.\.2"):
         ECLForImageClassification.from_pretrained(ensemble[1], experts=experts)
 
 
@@ -398,6 +418,13 @@ def test_forward_compiles_without_graph_breaks(ensemble, flags):
     with torch.no_grad():
         compiled = torch.compile(model, backend="eager", fullgraph=True)(x, **flags)
         torch.testing.assert_close(compiled.to_tuple(), model(x, **flags).to_tuple())
+
+
+@pytest.mark.parametrize("saved", [torch.float32, torch.float16])
+def test_automatic_dtype_is_that_of_the_weights(tmp_path, saved):
+    build().to(saved).save_pretrained(tmp_path)
+    for given in ({"dtype": "auto"}, {}):
+        assert ECLForImageClassification.from_pretrained(tmp_path, **given).dtype == saved
 
 
 @pytest.mark.parametrize("choice", [{}, {"experts": [1]}], ids=["all", "chosen"])

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
@@ -134,9 +135,52 @@ def test_numbers_that_are_not_finite_are_refused(repository, load, value):
         load(repository)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda head: head.double() * 1e300, "not finite"),  # infinite once it is loaded in single precision
+        (lambda head: head.to(torch.complex64) * torch.nan, "complex64"),
+        (lambda head: head.to(torch.float8_e4m3fn), "float8"),
+    ],
+)
+@pytest.mark.parametrize("load", LOADERS)
+def test_other_types_bring_in_no_such_numbers(repository, load, change, message):
+    name = "experts.1.head.weight"
+    weights(repository / SECOND, lambda tensors: tensors.update({name: change(tensors[name])}))
+    with pytest.raises(ValueError, match=rf"{SECOND} of .*{message}.* in experts\.1\.head\.weight"):
+        load(repository)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "error", "message"),
+    [
+        ("backbone.conv1.weight", (16, 3, 5, 5), ValueError, "no fitting weights for 1 encoder tensors"),
+        ("head.weight", (3, 65), RuntimeError, r"experts\.\d\.head\.weight is \[3, 65\], but .* asks for \[3, 64\]"),
+        ("head.weight", (), RuntimeError, r"experts\.\d\.head\.weight is \[\]"),
+    ],
+)
+@pytest.mark.parametrize("load", LOADERS)
+def test_tensors_of_another_shape_are_named(repository, load, name, shape, error, message):
+    weights(repository / SECOND, lambda tensors: tensors.update({f"experts.1.{name}": torch.zeros(shape)}))
+    with pytest.raises(error, match=message):
+        load(repository)
+
+
+def test_a_giant_without_weights_takes_no_memory(repository):
+    """Built, it would have 64 times 7 gigabytes."""
+    edit(repository / "config.json", architecture="vit_giant_patch14_clip_224", num_experts=64)
+    for file in [*repository.glob("*.safetensors"), repository / INDEX]:
+        file.unlink()
+    save_file({f"experts.{k}.head.bias": torch.zeros(3) for k in range(64)}, repository / "model.safetensors")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"no fitting weights for \d+ encoder tensors of vit_giant"):
+        ECLForImageClassification.from_pretrained(repository)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
+
+
 def test_weights_for_other_classes_are_refused_before_a_head_is_made(repository):
     edit(repository / "config.json", class_counts=None, id2label={str(c): str(c) for c in range(50_000)}, label2id=None)
-    with pytest.raises(RuntimeError, match=r"heads of .* for 3 classes, the configuration for 50000"):
+    with pytest.raises(RuntimeError, match=r"heads of .* do not fit: .* is \[3\], but .* asks for \[50000\]"):
         ECLForImageClassification.from_pretrained(repository)
 
 
