@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
@@ -202,14 +201,48 @@ def test_weights_for_other_classes_are_refused_before_a_head_is_made(repository)
         ({"pretrained_cfg": {"input_size": [3, 32, 32], "std": [0, 1, 1]}}, "pretrained_cfg.std"),
         ({"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0, 1]}}, "pretrained_cfg.mean"),
         ({"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 1e-9}}, "pretrained_cfg.crop_pct"),
+        ({"pretrained_cfg": {}}, "pretrained_cfg.input_size"),
+        ({"pretrained_cfg": {"input_size": [3, 32, 32], "interpolation": "evil"}}, "pretrained_cfg.interpolation"),
+        ({"pretrained_cfg": {"input_size": [3, 32, 32], "crop_mode": ["evil"]}}, "pretrained_cfg.crop_mode"),
+        ({"model_args": {"features_only": True}}, "model_args must not hold features_only"),
+        ({"model_args": {"evil": 1}}, "timm can't build resnet20_cifar with .*evil"),
+        ({"attn_implementation": "evil/kernel"}, "must not hold attn_implementation"),
+        ({"_attn_implementation": "evil/kernel"}, "must not hold _attn_implementation"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "must not hold quantization_config"),
+        ({"transformers_weights": "../x.safetensors"}, "must not hold transformers_weights"),
+        ({"to_dict": "evil"}, "must not hold to_dict"),
+        ({"model_type": "bert"}, "of the type 'bert', not 'ecl'"),
+        ({"dtype": "evil"}, "evil"),
+        ({"dtype": "float8_e4m3fn"}, "dtype must be one of"),
+        ({"dtype": 7}, "dtype"),
+        ({"problem_type": "regression"}, "problem_type"),
+        ({"id2label": {"0": "a", "1": "b", "7": "c"}}, "id2label must name the classes 0, 1, 2"),
+        ({"id2label": {"a": "a", "b": "b", "c": "c"}}, "describe an ECL model: invalid literal"),
+        ({"id2label": ["a", "b", "c"]}, "id2label|describe an ECL model"),
+        ({"id2label": {"0": "a", "1": None, "2": ["x"]}}, "id2label must hold names"),
+        ({"id2label": None, "label2id": None, "class_counts": None, "num_labels": "x"}, "describe an ECL model"),
+        ({"id2label": None, "label2id": None, "class_counts": None, "num_labels": 0}, "id2label must name the classes"),
+        ({"class_counts": [10**400, 1, 1]}, "class_counts must be non-negative, at most"),
         ({"class_counts": [1, 2]}, "class_counts has 2 entries"),
         ({"classifier_scale": float("nan"), "classifier": "cosine"}, "classifier_scale"),
     ],
 )
 def test_absurd_configurations_are_refused(repository, changes, message):
     edit(repository / "config.json", **changes)
-    with pytest.raises((ValueError, StrictDataclassError), match=message):
-        ECLForImageClassification.from_pretrained(repository)
+    for load in (ECLForImageClassification, AutoModelForImageClassification):
+        if load is ECLForImageClassification or "model_type" not in changes:
+            with pytest.raises(ValueError, match=message):
+                load.from_pretrained(repository)
+
+
+@pytest.mark.parametrize("content", [None, "{}", "[]"])
+def test_default_configuration_does_not_stand_in(tmp_path, content):
+    ECLForImageClassification(ECLConfig()).save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    if content:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json is missing, or is no JSON object"):
+        ECLForImageClassification.from_pretrained(tmp_path)
 
 
 def test_code_of_a_repository_runs_on_request_only(repository, tmp_path):
