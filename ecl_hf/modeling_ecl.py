@@ -38,10 +38,11 @@ from .configuration_ecl import ECLConfig
 
 DATA_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+PUSH_KEYS = ("repo_id", "private", "revision", "create_pr", "commit_message", "commit_description")
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, "model-*-of-*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
 ADVICE = {
-    401: "log in with `hf auth login`, or give a token of an account that may write there",
-    403: "the token must have write permission for this repository, or its access conditions must be accepted",
+    401: "log in with `hf auth login`, or give a token of an account that has access",
+    403: "the token lacks a permission (to publish: write permission), or access conditions must be accepted first",
     404: "check the repository's name and whether the token may see it",
     409: "somebody else is committing to the repository; try again",
     429: "the Hub asks to slow down; wait some minutes and try again",
@@ -304,7 +305,8 @@ class ECLForImageClassification(PreTrainedModel):
         source = pretrained_model_name_or_path
         config = kwargs.pop("config", None) or source
         if not isinstance(config, PreTrainedConfig):
-            config, kwargs = cls.config_class.from_pretrained(config, return_unused_kwargs=True, **hub, **kwargs)
+            with explain_hub_errors(config, "read"):
+                config, kwargs = cls.config_class.from_pretrained(config, return_unused_kwargs=True, **hub, **kwargs)
         config = copy.deepcopy(config)
         if state is None:
             chosen = range(config.num_experts) if experts is None else _positions(experts, config, source)
@@ -327,7 +329,8 @@ class ECLForImageClassification(PreTrainedModel):
 
         Args:
             save_directory: where to; other weights in it are replaced.
-            push_to_hub: also upload the directory, to `repo_id` or a repository of the directory's name.
+            push_to_hub: also upload the directory, to `repo_id` or a repository of the directory's name; a card that
+                the repository has gives way only to one that was in the directory before.
             **kwargs: as for every `PreTrainedModel` and for `push_to_hub`; `max_shard_size` has no effect.
 
         Raises:
@@ -335,7 +338,7 @@ class ECLForImageClassification(PreTrainedModel):
         """
         if kwargs.pop("variant", None):
             raise ValueError("ECL models have no variants of their weights; model.half() saves half precision")
-        hub = {key: kwargs.pop(key) for key in ("repo_id", "private", "commit_message", "create_pr") if key in kwargs}
+        hub = {key: kwargs.pop(key) for key in PUSH_KEYS if key in kwargs}
         directory = Path(save_directory)
         if kwargs.get("is_main_process", True):
             for stale in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):  # loaders prefer a leftover single file
@@ -344,10 +347,11 @@ class ECLForImageClassification(PreTrainedModel):
         kwargs["max_shard_size"] = max(1, sum(tensor.numel() * tensor.element_size() for tensor in expert))
         super().save_pretrained(directory, **kwargs)
         if kwargs.get("is_main_process", True):
-            if not (directory / "README.md").exists():
-                short_card(self.config).save(directory / "README.md")
+            hub = {"repo_id": directory.name, "token": kwargs.get("token"), **hub}
+            if new_card := not (directory / "README.md").exists():
+                short_card(self.config, hub["repo_id"] if push_to_hub else None).save(directory / "README.md")
             if push_to_hub:
-                upload_directory(directory, **{"repo_id": directory.name, "token": kwargs.get("token"), **hub})
+                upload_directory(directory, keep_card=new_card, **hub)
 
     def push_to_hub(self, repo_id: str, *, tags: Sequence[str] | None = None, **kwargs: Any) -> CommitInfo:
         """Save and upload in one commit; a card that the repository has stays.
@@ -363,38 +367,51 @@ class ECLForImageClassification(PreTrainedModel):
         """
         kwargs.pop("max_shard_size", None)
         with TemporaryDirectory() as directory:
-            short_card(self.config, tags or ()).save(Path(directory) / "README.md")
+            short_card(self.config, repo_id, tags or ()).save(Path(directory) / "README.md")
             self.save_pretrained(directory)
             return upload_directory(directory, repo_id, keep_card=True, **kwargs)
 
 
-def short_card(config: ECLConfig, tags: Sequence[str] = ()) -> ModelCard:
+def short_card(config: ECLConfig, repo_id: str | None, tags: Sequence[str] = ()) -> ModelCard:
     """A model card that says what the configuration knows: how to load the model, and that nothing was measured."""
     metadata = ModelCardData(
         library_name="transformers", pipeline_tag="image-classification", tags=["ecl", "long-tailed", "timm", *tags]
     )
+    repo_id = repo_id or "REPOSITORY"
     ensemble = f"{config.num_experts} x {config.architecture}, {config.num_labels} classes"
     return ModelCard(
         f"---\n{metadata}\n---\n\n# Long-tailed image classifier\n\n"
         f"An ensemble for long-tailed data ({ensemble}), one safetensors file per expert.\n\n"
         "```python\nfrom transformers import pipeline\n\n"
-        'classify = pipeline("image-classification", model="REPOSITORY", trust_remote_code=True)\n```\n\n'
-        'With the package `ecl_hf`, `ECLForImageClassification.from_pretrained("REPOSITORY", experts=[0])` reads one\n'
+        f'classify = pipeline("image-classification", model="{repo_id}", trust_remote_code=True)\n```\n\n'
+        f'With the package `ecl_hf`, `ECLForImageClassification.from_pretrained("{repo_id}", experts=[0])` reads one\n'
         "expert alone, and `trust_remote_code` is not needed.\n\nEvaluation: not measured.\n"
     )
 
 
+def _hub_status(error: BaseException | None) -> int | None:
+    """The Hub's answer that led to an error, perhaps by way of another error."""
+    while error is not None:
+        if isinstance(error, HfHubHTTPError) and (response := getattr(error, "response", None)) is not None:
+            return response.status_code
+        error = error.__cause__
+    return None
+
+
 @contextmanager
-def explain_hub_errors(repo_id: str) -> Iterator[None]:
+def explain_hub_errors(repo_id: str | Path, doing: str = "write to") -> Iterator[None]:
     """Let an error of the Hub say what to do; a failed connection is a ConnectionError, whatever library reports it."""
     try:
         yield
-    except HfHubHTTPError as error:
-        status = error.response.status_code
+    except OSError as error:
+        status = _hub_status(error) or 0
         if advice := ADVICE.get(status, "the Hub has trouble; try again later" if status >= 500 else None):
-            error.append_to_message(f"\nCan't write to {repo_id}: {advice}.")
+            explanation = f"\nCan't {doing} {repo_id}: {advice} (the Hub answered {status})."
+            if not isinstance(error, HfHubHTTPError):  # transformers knows of failed connections only
+                raise OSError(f"{error}{explanation}") from error
+            error.append_to_message(explanation)
         raise
-    except (OSError, ValueError):
+    except ValueError:
         raise
     except Exception as error:
         raise ConnectionError(f"the connection to the Hub failed ({repo_id}): {error}; try again") from error
@@ -466,8 +483,13 @@ def _read_experts(
     parts = {f"experts.{k}.": f"experts.{position}." for position, k in enumerate(experts)}
     if config.share_stages:
         parts["trunk."] = "trunk."
-    with explain_hub_errors(source):
-        index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    with explain_hub_errors(source, "read"):
+        try:
+            index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **hub)
+        except OSError as error:
+            if _hub_status(error):  # else it is not there, or not in the cache: one file may hold everything
+                raise
+            index = None
     names = {part: [SAFE_WEIGHTS_NAME] for part in parts}
     if index:
         weight_map = _read_index(index, source)
@@ -477,7 +499,7 @@ def _read_experts(
     if empty := [part for part in parts if not names[part]]:
         raise ValueError(f"{source} has {SAFE_WEIGHTS_INDEX_NAME}, but it names no weights of {empty[0][:-1]}")
     wanted = sorted({name for files in names.values() for name in files})
-    with explain_hub_errors(source):
+    with explain_hub_errors(source, "read"):
         paths = dict(zip(wanted, cached_files(source, wanted, **hub), strict=True))
     state = {}
     for part, renamed in parts.items():

@@ -183,6 +183,24 @@ def test_saving_with_push(hub, model, tmp_path):
     assert torch.equal(logits(ECLForImageClassification.from_pretrained(REPO)), logits(model))
 
 
+def test_saving_with_push_to_a_branch_keeps_the_repositorys_card(hub, pushed, tmp_path):
+    ModelCard("---\nlicense: mit\n---\nmy own words\n").push_to_hub(REPO)
+    other = build(seed=4)
+    other.save_pretrained(tmp_path / "foxes", push_to_hub=True, repo_id=REPO, revision="next")
+    assert torch.equal(logits(ECLForImageClassification.from_pretrained(REPO)), logits(pushed))
+    assert torch.equal(logits(ECLForImageClassification.from_pretrained(REPO, revision="next")), logits(other))
+    other.save_pretrained(tmp_path / "again", push_to_hub=True, repo_id=REPO)
+    assert "my own words" in ModelCard.load(REPO).text
+    (tmp_path / "again" / "README.md").write_text("---\nlicense: mit\n---\nnew words\n")
+    other.save_pretrained(tmp_path / "again", push_to_hub=True, repo_id=REPO)
+    assert "new words" in ModelCard.load(REPO).text
+
+
+def test_the_short_card_names_its_repository(hub, pushed):
+    assert f'model="{REPO}"' in ModelCard.load(REPO).text
+    assert f'from_pretrained("{REPO}", experts=[0])' in ModelCard.load(REPO).text
+
+
 # --- who may read ---
 
 
@@ -238,6 +256,17 @@ def test_a_refused_push_says_what_to_do(hub, model, status, advice, path):
     hub.fail("POST", path, status=status, times=100)
     with pytest.raises(HfHubHTTPError, match=rf"{status}[\s\S]*Can't write to {REPO}: .*{advice}"):
         model.push_to_hub(REPO)
+
+
+@pytest.mark.parametrize(
+    ("status", "advice"),
+    [(401, "hf auth login"), (403, "access conditions"), (404, "name"), (429, "wait some"), (503, "try again later")],
+)
+@pytest.mark.parametrize("path", ["config.json", "model.safetensors.index.json", "model-00002"])
+def test_a_refused_download_says_what_to_do(hub, pushed, status, advice, path):
+    hub.fail("HEAD", path, status=status, times=100)
+    with pytest.raises(OSError, match=rf"Can't read {REPO}: .*{advice}.* \(the Hub answered {status}\)"):
+        ECLForImageClassification.from_pretrained(REPO, experts=[1])
 
 
 @pytest.mark.parametrize("status", [429, 500])
