@@ -32,11 +32,15 @@ def test_named_files_exist(name):
     assert (ROOT / name).is_file()
 
 
-def test_rows_of_table_3_are_those_of_the_results():
-    with (ROOT / "training/results/cifar10_lt_small/table3.csv").open(newline="") as file:
-        measured = list(csv.DictReader(file))
+@pytest.mark.parametrize(
+    ("name", "begin", "only"),
+    [("table3", "| method | BKT |", {}), ("shared_stages", "| method | top1 |", {"model": "ensemble", "flip": "yes"})],
+)
+def test_rows_of_tables_are_those_of_the_results(name, begin, only):
+    with (ROOT / f"training/results/cifar10_lt_small/{name}.csv").open(newline="") as file:
+        measured = [row for row in csv.DictReader(file) if only.items() <= row.items()]
     lines = README.splitlines()
-    first = next(number for number, line in enumerate(lines) if line.startswith("| method | BKT |"))
+    first = next(number for number, line in enumerate(lines) if line.startswith(begin))
     columns = lines[first].strip("| ").split(" | ")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[first + 2 : lines.index("", first)]]
     assert rows == [[row[column] for column in columns] for row in measured]
