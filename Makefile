@@ -1,12 +1,13 @@
 # make quickstart   set up, train, evaluate, export and classify; RECIPE=training/recipes/cifar100_lt.yaml for another run
 # make test         set up and run the tests
+# make fast         set up and run the tests that start no other trainings
 # make lint         set up and run ruff
 PYTHON ?= python3
 RECIPE ?= training/recipes/quickstart.yaml
 RUN ?= runs/$(basename $(notdir $(RECIPE)))
 ARGS ?=
 
-.PHONY: setup quickstart test lint
+.PHONY: setup quickstart test fast lint
 
 setup: .venv/.installed
 
@@ -21,6 +22,9 @@ quickstart: setup
 
 test: setup
 	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4
+
+fast: setup
+	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 -m "not slow"
 
 lint: setup
 	.venv/bin/ruff check .

@@ -14,6 +14,7 @@ import torch
 import training_step
 from measuring import ratio, table
 
+pytestmark = pytest.mark.slow
 TINY = [
     "--architecture=resnet20_cifar",
     "--image_size=8",

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from ecl_hf.collaborative import CollaborativeTask
 from tests.children import start, start_connected
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parents[1] / "training" / "train.py"
 FLAGS = [
     "--method=ecl",

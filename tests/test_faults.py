@@ -17,6 +17,8 @@ from ecl_hf.runs import RunFolder
 from tests import faults
 from tests.children import context, start, start_connected
 
+pytestmark = pytest.mark.slow
+
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return {key: value for file in (run / "model").glob("*.safetensors") for key, value in load_file(file).items()}

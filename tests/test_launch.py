@@ -14,6 +14,7 @@ from ecl_hf.interruption import STOPPED
 from ecl_hf.launch import check_launch
 from tests.children import TINY
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 FILES = ROOT / "training" / "accelerate"
 on_cpus = pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs the processes are connected")
