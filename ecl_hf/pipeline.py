@@ -38,6 +38,8 @@ class ECLImageClassificationPipeline(ImageClassificationPipeline):
         if not isinstance(target_prior, Mapping):
             return list(target_prior)
         names = [self.model.config.id2label[c] for c in range(self.model.config.num_labels)]
+        if twice := sorted(name for name in target_prior if names.count(name) > 1):
+            raise ValueError(f"target_prior names {twice[0]!r}, as several classes are called; give a sequence instead")
         if unknown := sorted(set(target_prior) - set(names)):
             raise ValueError(f"target_prior names classes that the model does not know: {', '.join(unknown[:10])}")
         return [target_prior.get(name, 0.0) for name in names]

@@ -99,6 +99,13 @@ def test_options_given_when_the_pipeline_is_made(saved):
     assert made(pictures()) == classify(directory)(pictures(), target_prior=[0.2, 0, 0.8], disagreement=True, top_k=2)
 
 
+def test_name_of_two_classes_in_the_prior_is_refused(saved):
+    run = classify(saved[1])
+    run.model.config.id2label = {0: "crane", 1: "crane", 2: "oak"}  # the bird and the machine
+    with pytest.raises(ValueError, match="names 'crane', as several classes are called"):
+        run(pictures(), target_prior={"crane": 0.5, "oak": 0.5})
+
+
 def test_unknown_class_in_the_prior_is_named(saved):
     with pytest.raises(ValueError, match="does not know: elm"):
         classify(saved[1])(pictures(), target_prior={"elm": 1.0})
