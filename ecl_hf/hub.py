@@ -1,11 +1,13 @@
 """What goes to the Hub beside the weights: model cards, one expert as a plain timm model, ONNX files, uploads."""
 
+import html
 import importlib.util
 import json
 import os
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,17 @@ def percent(value: float | None) -> str:
 def _data_name(results: dict[str, Any], dataset: str | None) -> str:
     data = results["recipe"]["data"]
     published_list = "/" not in data["source"] and data["source"] != "digits"  # such as imagenet_lt, over any folder
-    return dataset or (data["source"] if published_list else data["path"] or data["source"])
+    return dataset or (data["source"] if published_list else _last_name(data["path"]) or data["source"])
+
+
+def _last_name(path: str | None) -> str | None:
+    """Without the folders above, which are nobody's business."""
+    return path and Path(path).name
+
+
+def _cell(text: str) -> str:
+    """A class name as it can stand in a table of a card."""
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
 
 
 def _eval_results(results: dict[str, Any], dataset: str | None, expert: int | None) -> list[EvalResult]:
@@ -122,7 +134,9 @@ def model_card(
         eval_results=_eval_results(results, dataset, expert) if results else None,
     )
     counts = config.class_counts
-    names = [config.id2label[c] for c in range(config.num_labels)]
+    names = [_cell(config.id2label[c]) for c in range(config.num_labels)]
+    if recipe:
+        recipe = {**recipe, "data": {**recipe["data"], "path": _last_name(recipe["data"].get("path"))}}
     return ModelCard.from_template(
         metadata,
         template_path=template,
@@ -285,9 +299,16 @@ class BackgroundUpload:
         if self.running is not None and not self.running.done():
             self.report(f"not uploaded, since the upload before is still under way: {message}")
             return
-        directory = tempfile.TemporaryDirectory()
-        add_card(Path(directory.name))
-        model.save_pretrained(directory.name)
+        try:
+            with ExitStack() as undo:
+                directory = tempfile.TemporaryDirectory()
+                undo.callback(directory.cleanup)
+                add_card(Path(directory.name))
+                model.save_pretrained(directory.name)
+                undo.pop_all()
+        except OSError as error:  # such as a full disk
+            self.report(f"not uploaded, since the copy can't be written: {message}: {error}")
+            return
         self.running = self.executor.submit(self._upload, directory, message)
 
     def wait(self) -> None:

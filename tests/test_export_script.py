@@ -128,6 +128,8 @@ def test_card_names_no_hub_data_set_for_local_pictures(run):
     card = model_card(template, load(run).config, results(3, path="my_foxes"))
     assert card.data.datasets is None
     assert "`my_foxes`" in card.text
+    elsewhere = model_card(template, load(run).config, results(3, path="/home/me/my_foxes"))
+    assert elsewhere.content == card.content
     named = model_card(template, load(run).config, results(3, path="cifar10"), dataset="uoft-cs/cifar10")
     assert named.data.datasets == ["uoft-cs/cifar10"]
 
@@ -147,6 +149,14 @@ def test_card_names_the_base_model(pretrained):
     card = model_card(ROOT / "hub_cards" / "model_card.md", config, recorded)
     expected = None if pretrained == "weights/mine.safetensors" else "timm/resnet18.a1_in1k"
     assert card.data.base_model == expected
+
+
+def test_any_class_name_stands_in_its_row():
+    names = ["pi|pe", "new\nline", "<b>", "{{ x }}"]
+    config = ECLConfig(class_counts=COUNTS, id2label=dict(enumerate(names)), pretrained_cfg={"input_size": [3, 32, 32]})
+    text = model_card(ROOT / "hub_cards" / "model_card.md", config, None).text
+    rows = text.split("| class | training images |\n|---|---|\n")[1].split("\n\n")[0].splitlines()
+    assert rows == ["| pi\\|pe | 300 |", "| new line | 60 |", "| &lt;b&gt; | 12 |", "| {{ x }} | 2 |"]
 
 
 def test_committed_card_is_what_the_template_makes_of_the_committed_results():
@@ -273,6 +283,25 @@ def test_flags_that_do_not_fit(flags, message, capsys):
     with pytest.raises(SystemExit):
         export.main(flags)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "message"),
+    [
+        (lambda r: r["test"]["plain"]["experts"].pop(), [], r"are those of 2 expert\(s\), but .* has 3"),
+        (lambda r: r["test"]["plain"]["experts"].pop(), ["--timm"], r"are those of 2 expert\(s\), but .* has 3"),
+        (lambda r: r["test"].pop("flip"), ["--timm"], "lacks something that the card says: KeyError"),
+        (lambda r: r.pop("machine"), [], "lacks something that the card says: .*machine"),
+    ],
+)
+def test_results_of_another_model_or_kind_are_refused(run, tmp_path, change, flags, message):
+    recorded = results(3)
+    change(recorded)
+    (tmp_path / "results.json").write_text(json.dumps(recorded))
+    given = ["--model", str(run.model), "--results", str(tmp_path / "results.json"), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=message):
+        export.main([*given, *flags])
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_what_is_not_there_is_named(run, tmp_path):

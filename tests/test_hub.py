@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from ecl_hf import ECLConfig, ECLForImageClassification
+from ecl_hf.hub import BackgroundUpload
 from ecl_hf.initialise import initialise_model
 from ecl_hf.methods import METHODS
 from ecl_hf.recipe import ModelConfig
@@ -358,6 +359,20 @@ def test_training_uploads_at_the_end_and_on_the_way(hub, tmp_path, capsys):
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), loaded.parameters(), strict=True))
     middle = next(commit for commit in HfApi().list_repo_commits(REPO) if commit.title.startswith("Epoch"))
     assert "Not measured." in ModelCard.load(HfApi().hf_hub_download(REPO, "README.md", revision=middle.commit_id)).text
+
+
+def test_a_copy_that_cannot_be_written_does_not_stop_training(hub, model):
+    def full(directory):
+        (directory / "README.md").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    reports = []
+    upload = BackgroundUpload(REPO, reports.append)
+    upload.offer(model, full, "Epoch 1")
+    upload.wait()
+    assert len(reports) == 1
+    assert "Epoch 1: [Errno 28] No space left on device" in reports[0]
+    assert hub.requests() == []
 
 
 def test_a_failed_upload_does_not_lose_the_run(hub, tmp_path, capsys):

@@ -73,6 +73,13 @@ def test_flip_and_disagreement_on_request(run, tmp_path, capsys):
     assert f"disagreement {flipped[0][0]['disagreement']:.3f}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flag", ["--top_k=0", "--how_many=0", "--top_k=-1"])
+def test_number_of_answers_is_positive(run, capsys, flag):
+    with pytest.raises(SystemExit, match="2"):
+        predict.main([f"--run={run}", "--disagreement", flag])
+    assert flag.split("=")[0].removeprefix("--") in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("name", "content"), [("missing.png", None), ("text.png", "not a picture")])
 def test_unreadable_picture_is_named(run, tmp_path, name, content):
     if content:

@@ -15,9 +15,10 @@ from typing import Any
 
 import timm
 import transformers
+from jinja2 import UndefinedError
 from jsonargparse import ArgumentParser, Namespace
 
-from ecl_hf import ECLForImageClassification
+from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.hub import best_expert, save_onnx, save_timm, write_card
 from ecl_hf.modeling_ecl import upload_directory
 from ecl_hf.runs import RunFolder
@@ -73,6 +74,10 @@ def export(args: Namespace, results: dict[str, Any] | None, directory: Path) -> 
     """Write what was asked for into an empty directory; returns a sentence about it."""
     source = str(args.model or RunFolder(args.run).model)
     expert = args.expert
+    if results:
+        tested, there = len(results["test"]["plain"]["experts"]), ECLConfig.from_pretrained(source).num_experts
+        if tested != there:
+            raise ValueError(f"the results are those of {tested} expert(s), but {source} has {there}")
     if args.timm and expert is None:
         expert = best_expert(results) or 0
     model = ECLForImageClassification.from_pretrained(source, experts=None if expert is None else [expert])
@@ -83,7 +88,10 @@ def export(args: Namespace, results: dict[str, Any] | None, directory: Path) -> 
         return f"{which} of {source} as model.onnx; ONNX Runtime's logits differ from PyTorch's by {difference:.1e}"
     card = {"repo_id": args.repo_id, "dataset": args.dataset, "license": args.license, "expert": expert}
     template = CARDS / ("timm_card.md" if args.timm else "model_card.md")
-    write_card(directory, template, model.config, results, **card)
+    try:
+        write_card(directory, template, model.config, results, **card)
+    except (KeyError, TypeError, UndefinedError) as error:
+        raise ValueError(f"the results file lacks something that the card says: {error!r}") from error
     if args.timm:
         save_timm(model, 0, directory)
         known = timm.is_model(model.config.architecture) and not model.config.architecture.endswith("_cifar")

@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import transformers
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
 from PIL import Image
 
 from ecl_hf.data import load_longtailed
@@ -37,10 +38,10 @@ def main(argv: Sequence[str] | None = None) -> list[list[dict[str, str | float]]
     parser.add_argument(
         "--run", type=Path | None, help="Run folder: its model, and its test pictures if none are given"
     )
-    parser.add_argument("--top_k", type=int, default=2, help="Classes to print for each picture")
+    parser.add_argument("--top_k", type=PositiveInt, default=2, help="Classes to print for each picture")
     parser.add_argument("--flip", action="store_true", help="Average the logits of each picture and its mirror image")
     parser.add_argument("--disagreement", action="store_true", help="Also print how much the experts differ, in nats")
-    parser.add_argument("--how_many", type=int, default=8, help="Test pictures to classify")
+    parser.add_argument("--how_many", type=PositiveInt, default=8, help="Test pictures to classify")
     args = parser.parse_args(argv)
     if args.run is None and (args.model is None or not args.images):
         parser.error("give --run, or --model with picture files")
