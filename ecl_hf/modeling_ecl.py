@@ -305,8 +305,13 @@ class ECLForImageClassification(PreTrainedModel):
         source = pretrained_model_name_or_path
         config = kwargs.pop("config", None) or source
         if not isinstance(config, PreTrainedConfig):
-            with explain_hub_errors(config, "read"):
-                config, kwargs = cls.config_class.from_pretrained(config, return_unused_kwargs=True, **hub, **kwargs)
+            try:
+                with explain_hub_errors(config, "read"):
+                    config, kwargs = cls.config_class.from_pretrained(
+                        config, return_unused_kwargs=True, **hub, **kwargs
+                    )
+            except RecursionError as error:
+                raise ValueError(f"config.json of {source} is nested too deeply") from error
         config = copy.deepcopy(config)
         if state is None:
             chosen = range(config.num_experts) if experts is None else _positions(experts, config, source)
@@ -411,7 +416,7 @@ def explain_hub_errors(repo_id: str | Path, doing: str = "write to") -> Iterator
                 raise OSError(f"{error}{explanation}") from error
             error.append_to_message(explanation)
         raise
-    except ValueError:
+    except (ValueError, TypeError, RecursionError):  # not of the connection
         raise
     except Exception as error:
         raise ConnectionError(f"the connection to the Hub failed ({repo_id}): {error}; try again") from error
@@ -535,7 +540,7 @@ def _read_index(path: str, source: str | Path) -> dict[str, str]:
     try:
         weight_map = json.loads(Path(path).read_text())["weight_map"]
         names = set(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} of {source} is no index of weights: {error!r}") from error
     if strange := [name for name in names if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(name))]:
         raise ValueError(

@@ -111,7 +111,24 @@ def test_index_must_not_point_elsewhere(repository, load, name):
 
 
 @pytest.mark.parametrize("load", LOADERS)
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": {}}}', "no json"])
+def test_deep_configuration_is_refused(repository):
+    (repository / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"config\.json of .* is nested too deeply"):
+        ECLForImageClassification.from_pretrained(repository)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {"a": {}}}',
+        "no json",
+        pytest.param("[" * 100_000, id="deep"),
+    ],
+)
 def test_broken_index_is_named(repository, load, text):
     (repository / INDEX).write_text(text)
     with pytest.raises(ValueError, match=INDEX):
