@@ -110,13 +110,13 @@ def test_index_must_not_point_elsewhere(repository, load, name):
         load(repository)
 
 
-@pytest.mark.parametrize("load", LOADERS)
 def test_deep_configuration_is_refused(repository):
     (repository / "config.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"config\.json of .* is nested too deeply"):
         ECLForImageClassification.from_pretrained(repository)
 
 
+@pytest.mark.parametrize("load", LOADERS)
 @pytest.mark.parametrize(
     "text",
     [
