@@ -194,6 +194,16 @@ def test_a_giant_without_weights_takes_no_memory(repository):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
 
 
+def test_missing_head_is_refused_or_new_on_request(repository):
+    tensors = load_file(repository / SECOND)
+    del tensors["experts.1.head.weight"]
+    save_file(tensors, repository / SECOND, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"has no weights for experts\.1\.head\.weight; ignore_mismatched_sizes"):
+        ECLForImageClassification.from_pretrained(repository)
+    kept = ECLForImageClassification.from_pretrained(repository, ignore_mismatched_sizes=True).experts[1]
+    assert torch.equal(kept.head.bias, tensors["experts.1.head.bias"])
+
+
 def test_weights_for_other_classes_are_refused_before_a_head_is_made(repository):
     edit(repository / "config.json", class_counts=None, id2label={str(c): str(c) for c in range(50_000)}, label2id=None)
     with pytest.raises(RuntimeError, match=r"heads of .* do not fit: .* is \[3\], but .* asks for \[50000\]"):
