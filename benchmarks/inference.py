@@ -4,13 +4,16 @@
     python benchmarks/inference.py --architecture resnet50 --image_size 224 --batch_size 8 --images 128
 
 - forward: one expert, as `from_pretrained(..., experts=[0])` gives it, beside a bare timm model with a classifier; the
-  ensemble beside K of them, one after the other; both compiled.
+  ensemble beside K of them, one after the other; both compiled; and the ensemble with its experts batched by
+  `torch.func.vmap`, which makes one grouped convolution of K.
 - loading: `from_pretrained` for one expert beside all. What one expert reads is all that lies in the directory then.
 - pipeline: pictures in, classes out, beside transformers' own wrapper of the same timm model.
 """
 
+import copy
 import shutil
 import statistics
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +26,8 @@ import torch
 import transformers
 from measuring import Step, add_sizes, finish, in_turn, new_parser, ratio, table
 from PIL import Image
+from torch import Tensor
+from torch.func import functional_call, stack_module_state, vmap
 from transformers import pipeline
 
 from ecl_hf import ECLConfig, ECLForImageClassification
@@ -46,12 +51,27 @@ def forwards(folder: Path, args: Any, device: torch.device) -> dict[str, Step]:
         model.to(device, memory_format=torch.channels_last).eval()
     steps = {name: lambda models=models: [model(images) for model in models] for name, models in bare.items()}
     steps |= {name: lambda model=model: model(images).logits for name, model in ours.items()}
+    steps["ensemble, batched experts"] = batched(ours["ensemble"], images)
     if args.compile:
         together = torch.compile(lambda pixels: [model(pixels) for model in plain])
         steps[f"{args.num_experts} bare timm models, compiled"] = lambda: together(images)
         ensemble = torch.compile(lambda pixels: ours["ensemble"](pixels).logits)
         steps["ensemble, compiled"] = lambda: ensemble(images)
     return {name: torch.inference_mode()(step) for name, step in steps.items()}
+
+
+def batched(model: ECLForImageClassification, images: Tensor) -> Step:
+    """All experts in one call, with their weights stacked."""
+    weights = stack_module_state(list(model.experts))
+    expert = copy.deepcopy(model.experts[0]).to("meta")
+    together = vmap(lambda *weights: functional_call(expert, weights, (images,))[1])
+
+    def step() -> Tensor:
+        with warnings.catch_warnings():  # of a pooling layer that is done expert by expert
+            warnings.simplefilter("ignore", UserWarning)
+            return together(*weights).mean(0)
+
+    return step
 
 
 def pipelines(folder: Path, args: Any, device: torch.device) -> dict[str, Step]:
@@ -74,11 +94,11 @@ def weight_bytes(folder: Path) -> int:
 
 def without_others(folder: Path) -> Path:
     """A copy of the saved ensemble with the weights of its first expert alone."""
-    copy = folder.with_name("first")
-    shutil.copytree(folder, copy)
-    for file in sorted(copy.glob("model-*.safetensors"))[1:]:
+    first = folder.with_name("first")
+    shutil.copytree(folder, first)
+    for file in sorted(first.glob("model-*.safetensors"))[1:]:
         file.unlink()
-    return copy
+    return first
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -179,7 +179,7 @@ def ecl_step(
         around_backward: makes a context manager for the backward pass.
     """
     parameters = [p for p in task.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-3, foreach=True)
+    optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-3, fused=True)
     check = StepCheck(task, reduce)
     positions = torch.arange(len(batch["labels"]))
 

@@ -8,6 +8,7 @@ device, so that loading does not count.
 
 - floor: forward and backward of K bare timm models and K forwards without gradient, which no method with a momentum
   branch can do without; channels-last, no loss worth the name, no optimiser.
+- convolutions alone: those of the floor and nothing between them. No step in this precision can take less.
 - ECL: everything else of a step too: losses, queues, moving averages, the look for bad numbers, SGD.
 - bfloat16: with Accelerate's `--mixed_precision bf16`; compiled: with `train.compile`.
 - as NCL's: the same work as ECL's (K networks, distillation of all pairs, a contrastive branch each), in the order of
@@ -38,7 +39,7 @@ from measuring import (
     ratio,
     table,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
@@ -105,6 +106,32 @@ def nested_step(architecture: str, num_experts: int, num_classes: int, batch: Ba
     return step
 
 
+def convolutions_step(architecture: str, num_experts: int, batch: Batch) -> Step:
+    """The convolutions of the floor, and nothing between them."""
+    model = timm.create_model(architecture, num_classes=0)
+    model.to(batch["labels"].device, memory_format=torch.channels_last).train()
+    layers = []
+
+    def keep(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        layers.append((layer, inputs[0].detach(), torch.ones_like(output)))
+
+    handles = [layer.register_forward_hook(keep) for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    model(batch["pixel_values"])
+    for handle in handles:
+        handle.remove()
+
+    def step() -> None:
+        for _ in range(num_experts):
+            for number, (layer, pixels, gradient) in enumerate(layers):
+                with torch.no_grad():
+                    layer(pixels)
+                layer(pixels.requires_grad_(number > 0)).backward(gradient)
+                pixels.grad = None
+        model.zero_grad()
+
+    return step
+
+
 def top_of_profile(step: Step, device: torch.device, steps: int = 5) -> str:
     """Where the time of a step is spent, by operation."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
@@ -129,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     sizes = (args.architecture, args.num_experts, args.num_classes)
     steps = {
         "floor": floor_step(*sizes, batch),
+        "convolutions alone": convolutions_step(args.architecture, args.num_experts, batch),
         "ECL": ecl_step(build_task(*sizes, device), batch),
         NESTED: nested_step(*sizes, batch),
     }
@@ -137,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         steps["ECL, bfloat16"] = ecl_step(task, batch, torch.autocast(device.type, torch.bfloat16)(task.forward))
     if args.compile:
         compiled = build_task(*sizes, device)
-        compiled.compile()
+        compiled.compile_encoders()
         steps["ECL, compiled"] = ecl_step(compiled, batch)
     seconds = in_turn(steps, device, args.rounds, args.warmup)
 

@@ -61,7 +61,7 @@ class StepCheck:
         losses = torch.stack([value["loss"] for value in self.values])
         good = losses.isfinite().all()
         if self.gradients:
-            good = good & largest(parameter.grad for parameter in self.task.parameters()).isfinite()
+            good = good & norm(parameter.grad for parameter in self.task.parameters()).isfinite()
         flags = torch.stack([(~good).float(), torch.full_like(losses[0], float(stop), dtype=torch.float32)])
         bad, stop = self.reduce(flags).tolist()
         return bad == 0, stop > 0
@@ -99,14 +99,14 @@ class StepCheck:
 
     def _gradients(self) -> str:
         parameters = self.task.named_parameters()
-        names = [name for name, value in parameters if value.grad is not None and not value.grad.isfinite().all()]
+        names = [name for name, value in parameters if value.grad is not None and not norm([value.grad]).isfinite()]
         pictures = torch.cat(self.pictures).tolist()
         return f"the gradient of {some(names)} is not finite, though the loss is, for training pictures {pictures}"
 
 
-def largest(tensors: Iterable[Tensor | None]) -> Tensor:
-    """Largest absolute value, []; not finite if any value is not."""
-    return torch.nn.utils.get_total_norm([tensor.detach() for tensor in tensors if tensor is not None], float("inf"))
+def norm(tensors: Iterable[Tensor | None]) -> Tensor:
+    """Euclidean norm over all, []; not finite if any value is not, or if values are beyond any use (1e19)."""
+    return torch.nn.utils.get_total_norm([tensor.detach() for tensor in tensors if tensor is not None])
 
 
 def some(names: list[str]) -> str:
@@ -116,6 +116,6 @@ def some(names: list[str]) -> str:
 
 def check_weights(task: nn.Module) -> None:
     """Raise a FloatingPointError with the names of parameters that are not finite."""
-    if not largest(task.parameters()).isfinite():
-        names = [name for name, value in task.named_parameters() if not value.isfinite().all()]
+    if not norm(task.parameters()).isfinite():
+        names = [name for name, value in task.named_parameters() if not norm([value]).isfinite()]
         raise FloatingPointError(f"the weights are not finite and were not saved: {some(names)}")

@@ -63,6 +63,6 @@ def keep_freed_memory() -> bool:
     trim_threshold, mmap_max = -1, -4  # glibc's names for its options
     try:
         library = ctypes.CDLL(None)
-        return bool(library.mallopt(trim_threshold, 2**31 - 1) and library.mallopt(mmap_max, 0))
+        return bool(library.mallopt(trim_threshold, -1) and library.mallopt(mmap_max, 0))  # -1 is never
     except (AttributeError, OSError, TypeError):  # another C library
         return False

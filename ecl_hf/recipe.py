@@ -192,7 +192,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     """Micro-batches of one optimiser step; `batch_size` counts all of them."""
     compile: bool = False
-    """Compile the task's forward with `torch.compile`."""
+    """Compile the encoders with `torch.compile`."""
     gradient_checkpointing: bool = False
     """Save memory: compute the activations within the encoders' blocks a second time instead of keeping them."""
     experts_one_by_one: bool = False

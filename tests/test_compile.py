@@ -1,4 +1,6 @@
-"""The task's forward is one graph: `torch.compile` finds nothing in it that it must leave to Python."""
+"""What `torch.compile` finds in the task: nothing that it must leave to Python, and the same encoder K times."""
+
+import copy
 
 import pytest
 import torch
@@ -35,3 +37,29 @@ def test_forward_is_one_graph(method, saving):
     assert len(graphs) == 1
     compiled(**batch)
     assert len(graphs) == 1  # and it is used again
+
+
+@pytest.mark.slow
+def test_compiled_encoders_share_their_graphs_and_give_the_same_gradients():
+    torch.manual_seed(0)
+    config = ECLConfig(architecture="test_resnet", num_experts=3, class_counts=[9, 5, 2])
+    task = CollaborativeTask(ECLForImageClassification(config), METHODS["ecl"], LossConfig(queue_size=7)).train()
+    views = torch.randn(2, 4, 3, 32, 32)
+    batch = {"pixel_values": views[0], "labels": torch.arange(4) % 3, "contrast_pixel_values": views[1]}
+    compiled = copy.deepcopy(task)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiled.compile_encoders()
+    for model in (task, compiled):
+        model(**batch)["loss"].backward()
+    assert counters["stats"]["unique_graphs"] == 2  # experts, key encoders
+    for expected, ours in zip(task.parameters(), compiled.parameters(), strict=True):
+        assert_close(ours.grad, expected.grad, rtol=1e-3, atol=1e-4)
+    for expected, ours in zip(task.buffers(), compiled.buffers(), strict=True):
+        assert_close(ours, expected)
+    compiled.eval()
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        compiled.model(torch.randn(5, 3, 32, 32))
+    assert counters["stats"]["unique_graphs"] == 2
+    assert list(compiled.state_dict()) == list(task.state_dict())

@@ -227,13 +227,13 @@ class Training:
             recipe.data.num_workers,
             on_error="mark" if recipe.data.on_error == "skip" else "raise",
         )
-        optimizer = torch.optim.SGD(
-            (p for p in self.plain.parameters() if p.requires_grad), foreach=True, **asdict(recipe.optim)
-        )
+        parameters = [parameter for parameter in self.plain.parameters() if parameter.requires_grad]
+        # Accelerate does not notice that a fused optimizer has left a step out for the loss scaler.
+        optimizer = torch.optim.SGD(parameters, fused=accelerator.scaler is None, **asdict(recipe.optim))
         set_seed(recipe.seed, device_specific=True)
-        if recipe.train.compile:
-            self.plain.compile()
         self.task, self.optimizer, self.test_loader = accelerator.prepare(self.plain, optimizer, test)
+        if recipe.train.compile:
+            self.plain.compile_encoders()
         self.undo = recipe.train.on_nonfinite == "skip"
         self.check = StepCheck(self.plain, accelerator.reduce, gradients=accelerator.scaler is None, undo=self.undo)
         self.total_steps = recipe.epochs * (len(self.loader) // self.accumulation)
@@ -391,11 +391,12 @@ class Training:
         The reported numbers are the last epoch's: there is no validation split to choose another by.
         """
         main = self.accelerator.is_main_process
-        predictions = predict(
-            self.plain.model,
-            or_exit(tqdm(self.test_loader, "testing", disable=not main, leave=False), self.recipe),
-            self.accelerator.gather_for_metrics,
-        )
+        with torch.compiler.set_stance("force_eager"):  # compiling for batches of another size would take longer
+            predictions = predict(
+                self.plain.model,
+                or_exit(tqdm(self.test_loader, "testing", disable=not main, leave=False), self.recipe),
+                self.accelerator.gather_for_metrics,
+            )
         if not main:
             return
         results = self._results(predictions)
