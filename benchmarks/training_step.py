@@ -177,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         rows.append((name, f"{1e3 * median:.0f}", speed, *against))
     text = table("step | ms | images/s | time / floor | images/s / as NCL's", rows)
     if args.profile:
+        args.profile.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(args.profile, top_of_profile(steps["ECL"], device) + "\n")
     setting = {name: getattr(args, name) for name in ("architecture", "image_size", "batch_size", "num_experts")}
     results = {**setting, "num_classes": args.num_classes, "rounds": args.rounds, "seconds": seconds}
