@@ -7,10 +7,11 @@ from types import ModuleType
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from ecl_hf.configuration_ecl import ECLConfig
+from ecl_hf.heads import log_prior_shift
 from ecl_hf.modeling_ecl import ECLForImageClassification
 
 __version__ = "0.1.0"
-__all__ = ["ECLConfig", "ECLForImageClassification"]
+__all__ = ["ECLConfig", "ECLForImageClassification", "log_prior_shift"]
 
 AutoConfig.register(ECLConfig.model_type, ECLConfig, exist_ok=True)
 AutoModelForImageClassification.register(ECLConfig, ECLForImageClassification, exist_ok=True)

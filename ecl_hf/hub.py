@@ -18,8 +18,10 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from torch import Tensor, nn
 
 from ecl_hf.configuration_ecl import ECLConfig
+from ecl_hf.heads import ECLCosineHead
 from ecl_hf.metrics import shot_groups
-from ecl_hf.modeling_ecl import ECLCosineHead, ECLForImageClassification, explain_hub_errors, upload_directory
+from ecl_hf.modeling_ecl import ECLForImageClassification
+from ecl_hf.repository import explain_hub_errors, upload_directory
 
 METRICS = {
     "top1": ("accuracy", "Top-1 accuracy"),

@@ -5,10 +5,6 @@ from typing import Literal
 
 import numpy as np
 
-from ecl_hf.modeling_ecl import log_prior_shift
-
-__all__ = ["exponential_counts", "held_out_counts", "log_prior_shift", "longtail_indices", "pareto_counts"]
-
 
 def exponential_counts(num_classes: int, max_count: int, imbalance_factor: float) -> list[int]:
     """Exponential profile of CIFAR-LT (Cao et al. 2019): `int(n_max * gamma^(-i / (C - 1)))`.

@@ -1,26 +1,12 @@
 """A training run as one typed value, filled by a file of `training/recipes` and flags of `training/train.py`."""
 
-import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-
-def _check_values(section: Any, prefix: str) -> None:
-    """Refuse an empty value where one is needed, and numbers that are not finite."""
-    for item in fields(section):
-        value = getattr(section, item.name)
-        _require(value is not None or "None" in str(item.type), f"{prefix}{item.name} has no value")
-        _require(
-            not isinstance(value, float) or math.isfinite(value), f"{prefix}{item.name} must be finite, got {value}"
-        )
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
+from ecl_hf.checks import check_values, require
 
 
 @dataclass(kw_only=True)
@@ -77,27 +63,27 @@ class DataConfig:
     """Data-loading processes of each training process."""
 
     def __post_init__(self) -> None:
-        _check_values(self, "data.")
-        _require(self.imbalance_factor >= 1, f"data.imbalance_factor must be at least 1, got {self.imbalance_factor}")
-        _require(
+        check_values(self, "data.")
+        require(self.imbalance_factor >= 1, f"data.imbalance_factor must be at least 1, got {self.imbalance_factor}")
+        require(
             self.max_count is None or self.max_count >= 1, f"data.max_count must be at least 1, got {self.max_count}"
         )
         if self.streaming:
-            _require(
+            require(
                 self.profile == "as_is" and self.split is None and self.test_fraction is None,
                 "data.streaming takes a split as it is: make one with `training/data.py build --pictures`, name its "
                 "directory in data.path, or publish it, and set data.profile as_is",
             )
-        _require(self.streaming or self.class_counts is None, "data.class_counts belongs to data.streaming")
-        _require(
+        require(self.streaming or self.class_counts is None, "data.class_counts belongs to data.streaming")
+        require(
             self.class_counts is None or min(self.class_counts, default=0) >= 1,
             f"data.class_counts must be positive, got {self.class_counts}",
         )
-        _require(self.shuffle_buffer >= 1, f"data.shuffle_buffer must be at least 1, got {self.shuffle_buffer}")
+        require(self.shuffle_buffer >= 1, f"data.shuffle_buffer must be at least 1, got {self.shuffle_buffer}")
         for name in ("split_seed", "num_workers"):
             value = getattr(self, name)
-            _require(value == "first" or value >= 0, f"data.{name} must not be negative, got {value}")
-        _require(
+            require(value == "first" or value >= 0, f"data.{name} must not be negative, got {value}")
+        require(
             self.test_fraction is None or 0 < self.test_fraction < 1,
             f"data.test_fraction must lie between 0 and 1, got {self.test_fraction}",
         )
@@ -123,11 +109,11 @@ class ModelConfig:
     """Side of the square input in pixels; the architecture's own when not given."""
 
     def __post_init__(self) -> None:
-        _check_values(self, "model.")
-        _require(self.classifier_scale > 0, f"model.classifier_scale must be positive, got {self.classifier_scale}")
-        _require(self.num_experts >= 1, f"model.num_experts must be at least 1, got {self.num_experts}")
-        _require(self.share_stages >= 0, f"model.share_stages must not be negative, got {self.share_stages}")
-        _require(
+        check_values(self, "model.")
+        require(self.classifier_scale > 0, f"model.classifier_scale must be positive, got {self.classifier_scale}")
+        require(self.num_experts >= 1, f"model.num_experts must be at least 1, got {self.num_experts}")
+        require(self.share_stages >= 0, f"model.share_stages must not be negative, got {self.share_stages}")
+        require(
             self.image_size is None or self.image_size >= 8,
             f"model.image_size must be at least 8, got {self.image_size}",
         )
@@ -159,12 +145,12 @@ class LossConfig:
     """Width of the contrastive projections."""
 
     def __post_init__(self) -> None:
-        _check_values(self, "loss.")
+        check_values(self, "loss.")
         for name in ("alpha_logit", "alpha_feature", "beta", "tau"):
-            _require(getattr(self, name) >= 0, f"loss.{name} must not be negative, got {getattr(self, name)}")
+            require(getattr(self, name) >= 0, f"loss.{name} must not be negative, got {getattr(self, name)}")
         for name in ("temperature", "contrast_temperature", "queue_size", "projection_dim"):
-            _require(getattr(self, name) > 0, f"loss.{name} must be positive, got {getattr(self, name)}")
-        _require(0 <= self.key_momentum <= 1, f"loss.key_momentum must lie in 0..1, got {self.key_momentum}")
+            require(getattr(self, name) > 0, f"loss.{name} must be positive, got {getattr(self, name)}")
+        require(0 <= self.key_momentum <= 1, f"loss.key_momentum must lie in 0..1, got {self.key_momentum}")
 
 
 @dataclass(kw_only=True)
@@ -179,10 +165,10 @@ class OptimConfig:
     """Weight decay of all parameters."""
 
     def __post_init__(self) -> None:
-        _check_values(self, "optim.")
-        _require(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
-        _require(0 <= self.momentum < 1, f"optim.momentum must lie in [0, 1), got {self.momentum}")
-        _require(self.weight_decay >= 0, f"optim.weight_decay must not be negative, got {self.weight_decay}")
+        check_values(self, "optim.")
+        require(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
+        require(0 <= self.momentum < 1, f"optim.momentum must lie in [0, 1), got {self.momentum}")
+        require(self.weight_decay >= 0, f"optim.weight_decay must not be negative, got {self.weight_decay}")
 
 
 @dataclass(kw_only=True)
@@ -213,11 +199,11 @@ class TrainConfig:
     """Stop after this many optimiser steps with a checkpoint; the schedule stays that of all epochs."""
 
     def __post_init__(self) -> None:
-        _check_values(self, "train.")
+        check_values(self, "train.")
         for name in ("gradient_accumulation_steps", "checkpoint_every", "keep_last"):
-            _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
-        _require(self.timeout > 0, f"train.timeout must be positive, got {self.timeout}")
-        _require(
+            require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
+        require(self.timeout > 0, f"train.timeout must be positive, got {self.timeout}")
+        require(
             self.max_steps is None or self.max_steps >= 1, f"train.max_steps must be at least 1, got {self.max_steps}"
         )
 
@@ -238,10 +224,10 @@ class HubConfig:
     """Hub identifier of the model's licence for the card, such as mit."""
 
     def __post_init__(self) -> None:
-        _check_values(self, "hub.")
-        _require(self.repo_id is not None or not self.push, "hub.push needs hub.repo_id")
-        _require(self.push or self.every is None, "hub.every needs hub.push")
-        _require(self.every is None or self.every >= 1, f"hub.every must be at least 1, got {self.every}")
+        check_values(self, "hub.")
+        require(self.repo_id is not None or not self.push, "hub.push needs hub.repo_id")
+        require(self.push or self.every is None, "hub.every needs hub.push")
+        require(self.every is None or self.every >= 1, f"hub.every must be at least 1, got {self.every}")
 
 
 @dataclass(kw_only=True)
@@ -264,10 +250,10 @@ class Recipe:
     hub: HubConfig = field(default_factory=HubConfig)
 
     def __post_init__(self) -> None:
-        _check_values(self, "")
-        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
-        _require(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
-        _require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
+        check_values(self, "")
+        require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        require(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
+        require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
 
     @classmethod
     def add_arguments(cls, parser: ArgumentParser) -> None:
@@ -278,7 +264,7 @@ class Recipe:
     def from_arguments(cls, parser: ArgumentParser, arguments: Namespace) -> "Recipe":
         """The recipe among parsed arguments; a value out of range is a ValueError that names its key."""
         for section in (item.name for item in fields(cls) if is_dataclass(item.type)):
-            _require(isinstance(arguments[section], Namespace), f"{section} must be a section with keys of its own")
+            require(isinstance(arguments[section], Namespace), f"{section} must be a section with keys of its own")
         values = parser.instantiate(arguments)
         return cls(**{name: values[name] for name in cls.__dataclass_fields__})
 

@@ -25,7 +25,7 @@ from ecl_hf.recipe import ModelConfig
 ROOT = Path(__file__).parents[1]
 NAMES = ["red fox", "wolf", "lynx", "otter"]
 REPO = "owner/foxes"
-CODE = {"backbones.py", "configuration_ecl.py", "modeling_ecl.py"}
+CODE = {"backbones.py", "configuration_ecl.py", "heads.py", "modeling_ecl.py", "repository.py"}
 
 
 def build(num_experts=3, architecture="test_resnet", seed=0):

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-from ecl_hf import ECLConfig, ECLForImageClassification
-from ecl_hf.longtail import log_prior_shift
+from ecl_hf import ECLConfig, ECLForImageClassification, log_prior_shift
 
 COUNTS = [400, 90, 20, 5, 1]
 SWIN = {"img_size": 56, "embed_dim": 32, "depths": [1, 1], "num_heads": [2, 4]}

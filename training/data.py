@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from ecl_hf.data import choose_rows, load_source
 from ecl_hf.metrics import shot_groups
-from ecl_hf.modeling_ecl import explain_hub_errors
 from ecl_hf.pictures import content, defect
 from ecl_hf.recipe import DataConfig, Recipe
+from ecl_hf.repository import explain_hub_errors
 from ecl_hf.sources import labels_of, read_source
 from ecl_hf.splits import PARTS, Split, check_output, compare_rows, pictures_of, records
 

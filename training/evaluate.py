@@ -37,11 +37,11 @@ from ecl_hf.analysis import (
 )
 from ecl_hf.data import LongTailedData, load_longtailed
 from ecl_hf.evaluation import Predictions, format_table, measure_speed, predict, summarise
+from ecl_hf.heads import create_head
 from ecl_hf.landscape import landscape
 from ecl_hf.loaders import evaluation_loader
 from ecl_hf.methods import BALANCED, BALANCED_DETACHED, INVERTED, METHODS, SHUFFLED
 from ecl_hf.metrics import class_accuracy, confusion_matrix, reliability_table
-from ecl_hf.modeling_ecl import create_head
 from ecl_hf.pictures import BrokenPictureError
 from ecl_hf.recipe import Recipe
 from ecl_hf.runs import RunFolder, describe_environment, describe_model, write_atomically

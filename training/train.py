@@ -47,9 +47,9 @@ from ecl_hf.loaders import ViewDataset, evaluation_loader, train_loader
 from ecl_hf.memory import checkpoint_blocks, checkpoint_experts, counted_once, keep_freed_memory
 from ecl_hf.methods import METHODS
 from ecl_hf.metrics import shot_groups
-from ecl_hf.modeling_ecl import upload_directory
 from ecl_hf.pictures import BrokenPictureError
 from ecl_hf.recipe import Recipe
+from ecl_hf.repository import upload_directory
 from ecl_hf.runs import Progress, RunFolder, cosine, describe_environment, describe_model, flatten
 from ecl_hf.streaming import StreamedViews, StreamSampler, stream_loader
 from ecl_hf.views import contrastive_view, evaluation_view, supervised_view

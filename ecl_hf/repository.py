@@ -1,0 +1,200 @@
+"""Files of a model's directory or Hub repository: weights are read expert by expert, a short card is written, uploads.
+
+A repository is untrusted input: what is wrong with it is an error that names the file.
+"""
+
+import json
+import operator
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import cached_files, extract_commit_hash
+
+from .configuration_ecl import ECLConfig
+
+WEIGHT_FILES = (SAFE_WEIGHTS_NAME, "model-*-of-*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
+
+ADVICE = {
+    401: "log in with `hf auth login`, or give a token of an account that has access",
+    403: "the token lacks a permission (to publish: write permission), or access conditions must be accepted first",
+    404: "check the repository's name and whether the token may see it",
+    409: "somebody else is committing to the repository; try again",
+    429: "the Hub asks to slow down; wait some minutes and try again",
+}
+
+
+def short_card(config: ECLConfig, repo_id: str | None, tags: Sequence[str] = ()) -> ModelCard:
+    """A model card that says what the configuration knows: how to load the model, and that nothing was measured."""
+    metadata = ModelCardData(
+        library_name="transformers", pipeline_tag="image-classification", tags=["ecl", "long-tailed", "timm", *tags]
+    )
+    repo_id = repo_id or "REPOSITORY"
+    ensemble = f"{config.num_experts} x {config.architecture}, {config.num_labels} classes"
+    return ModelCard(
+        f"---\n{metadata}\n---\n\n# Long-tailed image classifier\n\n"
+        f"An ensemble for long-tailed data ({ensemble}), one safetensors file per expert.\n\n"
+        "```python\nfrom transformers import pipeline\n\n"
+        f'classify = pipeline("image-classification", model="{repo_id}", trust_remote_code=True)\n```\n\n'
+        f'With the package `ecl_hf`, `ECLForImageClassification.from_pretrained("{repo_id}", experts=[0])` reads one\n'
+        "expert alone, and `trust_remote_code` is not needed.\n\nEvaluation: not measured.\n"
+    )
+
+
+def _hub_status(error: BaseException | None) -> int | None:
+    """The Hub's answer that led to an error, perhaps by way of another error."""
+    while error is not None:
+        if isinstance(error, HfHubHTTPError) and (response := getattr(error, "response", None)) is not None:
+            return response.status_code
+        error = error.__cause__
+    return None
+
+
+@contextmanager
+def explain_hub_errors(repo_id: str | Path, doing: str = "write to") -> Iterator[None]:
+    """Let an error of the Hub say what to do; a failed connection is a ConnectionError, whatever library reports it."""
+    try:
+        yield
+    except OSError as error:
+        status = _hub_status(error) or 0
+        if advice := ADVICE.get(status, "the Hub has trouble; try again later" if status >= 500 else None):
+            explanation = f"\nCan't {doing} {repo_id}: {advice} (the Hub answered {status})."
+            if not isinstance(error, HfHubHTTPError):  # transformers knows of failed connections only
+                raise OSError(f"{error}{explanation}") from error
+            error.append_to_message(explanation)
+        raise
+    except (ValueError, TypeError, RecursionError):  # not of the connection
+        raise
+    except Exception as error:
+        raise ConnectionError(f"the connection to the Hub failed ({repo_id}): {error}; try again") from error
+
+
+def upload_directory(
+    directory: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload model",
+    commit_description: str | None = None,
+    keep_card: bool = False,
+) -> CommitInfo:
+    """Upload a saved model in one commit that also deletes weight files of another layout.
+
+    Args:
+        directory: what to upload.
+        repo_id: Hub repository, made if it is not there.
+        private: whether a new repository is private.
+        token: of the Hub; the stored one when None.
+        revision: branch, made if it is not there.
+        create_pr: open a pull request instead.
+        commit_message: title of the commit.
+        commit_description: text of the commit.
+        keep_card: leave a card that the repository has.
+
+    Raises:
+        HfHubHTTPError: the Hub refused; the message says what to do.
+    """
+    api = HfApi(token=token)
+    with explain_hub_errors(repo_id):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        kept = ["README.md"] if keep_card and api.file_exists(repo_id, "README.md", revision=revision) else None
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=directory,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            ignore_patterns=kept,
+            delete_patterns=list(WEIGHT_FILES),
+        )
+
+
+def positions(experts: Sequence[int], config: ECLConfig, source: str | Path) -> list[int]:
+    """The chosen experts as integers, if they name different ones of those that are there."""
+    try:
+        chosen = [operator.index(k) for k in experts]
+    except TypeError:
+        chosen = []
+    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(config.num_experts)):
+        raise ValueError(
+            f"experts={experts} must be a list of different experts out of 0..{config.num_experts - 1} of {source}"
+        )
+    return chosen
+
+
+def read_experts(
+    source: str | Path, config: ECLConfig, experts: Sequence[int], hub: dict[str, Any]
+) -> dict[str, Tensor]:
+    """State dict of the chosen experts, renumbered from 0, and of what they share; opens their files only."""
+    parts = {f"experts.{k}.": f"experts.{position}." for position, k in enumerate(experts)}
+    if config.share_stages:
+        parts["trunk."] = "trunk."
+    with explain_hub_errors(source, "read"):
+        try:
+            index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **hub)
+        except OSError as error:
+            if _hub_status(error):  # else it is not there, or not in the cache: one file may hold everything
+                raise
+            index = None
+    names = {part: [SAFE_WEIGHTS_NAME] for part in parts}
+    if index:
+        weight_map = _read_index(index, source)
+        names = {part: sorted({f for key, f in weight_map.items() if key.startswith(part)}) for part in parts}
+        if pinned := extract_commit_hash(index, None):  # else the files could be those of a later commit
+            hub = {**hub, "revision": pinned}
+    if empty := [part for part in parts if not names[part]]:
+        raise ValueError(f"{source} has {SAFE_WEIGHTS_INDEX_NAME}, but it names no weights of {empty[0][:-1]}")
+    wanted = sorted({name for files in names.values() for name in files})
+    with explain_hub_errors(source, "read"):
+        paths = dict(zip(wanted, cached_files(source, wanted, **hub), strict=True))
+    state = {}
+    for part, renamed in parts.items():
+        for name in names[part]:
+            tensors = _read_tensors(paths[name], part, source)
+            state |= {f"{renamed}{key}": tensor for key, tensor in tensors.items()}
+    return state
+
+
+def _read_index(path: str, source: str | Path) -> dict[str, str]:
+    """Tensor name -> file name, which must lie beside the index."""
+    try:
+        weight_map = json.loads(Path(path).read_text())["weight_map"]
+        names = set(weight_map.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} of {source} is no index of weights: {error!r}") from error
+    if strange := [name for name in names if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(name))]:
+        raise ValueError(
+            f"{SAFE_WEIGHTS_INDEX_NAME} of {source} names {strange[0]!r}, which is no weight file beside it"
+        )
+    return weight_map
+
+
+def _read_tensors(path: str, prefix: str, source: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file whose names begin with the prefix, which is removed."""
+    name = Path(path).name
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118  (not a mapping)
+            tensors = {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
+    except SafetensorError as error:
+        raise ValueError(f"{name} of {source} is damaged or no safetensors file ({error}); get it anew") from error
+    for key, tensor in tensors.items():
+        if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype.itemsize == 1):
+            raise ValueError(f"{name} of {source} holds {tensor.dtype} in {prefix}{key}, which no ECL model does")
+        # What is finite in double precision may not be so in single.
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise ValueError(f"{name} of {source} holds numbers that are not finite, in {prefix}{key}; don't use it")
+    return tensors
