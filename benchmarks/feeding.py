@@ -20,8 +20,8 @@ from loading import MEAN, STD, made_up_files
 from measuring import add_sizes, build_task, ecl_step, finish, in_turn, made_up_batch, new_parser, table
 from tqdm import tqdm
 
-from ecl_hf.loaders import ViewDataset, train_loader
-from ecl_hf.views import contrastive_view, supervised_view
+from ecl_hf.data.loaders import ViewDataset, train_loader
+from ecl_hf.data.views import contrastive_view, supervised_view
 
 
 def pictures(count: int, image_size: int) -> datasets.Dataset:

@@ -9,7 +9,7 @@
 - ours, kept: the same for sets that fit into memory, after they were decoded once.
 
 All load in the main process with one thread, in turn, round after round; times are the processor's, so that other
-programs count little. The augmentations are the same: the supervised and the contrastive view of `ecl_hf.views`.
+programs count little. The augmentations are the same: the supervised and the contrastive view of `ecl_hf.data.views`.
 Without --path the pictures are made here: textures with noise, PNG of 32 pixels and JPEG of 500 x 375.
 """
 
@@ -32,11 +32,11 @@ from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 
-from ecl_hf.loaders import ViewDataset, train_loader
-from ecl_hf.recipe import DataConfig
+from ecl_hf.data.config import DataConfig
+from ecl_hf.data.loaders import ViewDataset, train_loader
+from ecl_hf.data.sources import read_source
+from ecl_hf.data.views import GREY, Cutout, GaussianBlur, contrastive_view, supervised_view
 from ecl_hf.runs import describe_environment, write_atomically
-from ecl_hf.sources import read_source
-from ecl_hf.views import GREY, Cutout, GaussianBlur, contrastive_view, supervised_view
 
 BATCH = 64
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

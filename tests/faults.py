@@ -139,10 +139,10 @@ def infinite_gradient(step: int) -> None:
 
 def vanish(folder: Path, step: int) -> None:
     """The data directory is gone, and no picture was kept."""
-    import ecl_hf.loaders
+    import ecl_hf.data.loaders
     from ecl_hf.collaborative import CollaborativeTask
 
-    ecl_hf.loaders.DECODED_LIMIT = 0
+    ecl_hf.data.loaders.DECODED_LIMIT = 0
     _before(CollaborativeTask, "forward", step, lambda *_: shutil.rmtree(folder))
 
 

@@ -15,9 +15,9 @@ from accelerate.state import AcceleratorState, PartialState
 from huggingface_hub import DatasetCard, hf_hub_download
 from PIL import Image
 
-from ecl_hf.data import load_longtailed
-from ecl_hf.official import BENCHMARKS
-from ecl_hf.recipe import DataConfig
+from ecl_hf.data.config import DataConfig
+from ecl_hf.data.longtailed import load_longtailed
+from ecl_hf.data.official import BENCHMARKS
 
 NAMES = ["Grüner Specht", "ant hill", "bee|fly"]
 COUNTS = {"train": [12, 9, 10], "test": [2, 1, 3]}

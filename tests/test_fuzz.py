@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ecl_hf.checkpoints import CHECKSUMS, find_defect, seal
-from ecl_hf.data import load_longtailed
-from ecl_hf.pictures import BrokenPictureError, decode
-from ecl_hf.recipe import DataConfig, Recipe
+from ecl_hf.data.config import DataConfig
+from ecl_hf.data.longtailed import load_longtailed
+from ecl_hf.data.pictures import BrokenPictureError, decode
+from ecl_hf.recipe import Recipe
 from ecl_hf.runs import flatten
 
 few = settings(max_examples=60, deadline=None, derandomize=True, database=None)

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from train import main as train
 
 from ecl_hf import ECLForImageClassification
-from ecl_hf.data import load_longtailed
-from ecl_hf.loaders import evaluation_loader
+from ecl_hf.data.loaders import evaluation_loader
+from ecl_hf.data.longtailed import load_longtailed
+from ecl_hf.data.views import evaluation_view
 from ecl_hf.losses import transfer_weights
 from ecl_hf.recipe import Recipe
-from ecl_hf.views import evaluation_view
 
 FLAGS = (
     "--data.source digits --data.max_count 20 --data.imbalance_factor 5 --data.horizontal_flip false "

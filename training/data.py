@@ -24,13 +24,14 @@ from huggingface_hub.utils import disable_progress_bars
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from tqdm import tqdm
 
-from ecl_hf.data import choose_rows, load_source
+from ecl_hf.data.config import DataConfig
+from ecl_hf.data.longtailed import choose_rows, load_source
+from ecl_hf.data.pictures import content, defect
+from ecl_hf.data.sources import labels_of, read_source
+from ecl_hf.data.splits import PARTS, Split, check_output, compare_rows, pictures_of, records
 from ecl_hf.metrics import shot_groups
-from ecl_hf.pictures import content, defect
-from ecl_hf.recipe import DataConfig, Recipe
+from ecl_hf.recipe import Recipe
 from ecl_hf.repository import explain_hub_errors
-from ecl_hf.sources import labels_of, read_source
-from ecl_hf.splits import PARTS, Split, check_output, compare_rows, pictures_of, records
 
 CARD = Path(__file__).resolve().parents[1] / "hub_cards" / "dataset_card.md"
 

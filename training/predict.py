@@ -15,8 +15,8 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 from PIL import Image
 
-from ecl_hf.data import load_longtailed
-from ecl_hf.pictures import decode
+from ecl_hf.data.longtailed import load_longtailed
+from ecl_hf.data.pictures import decode
 from ecl_hf.pipeline import ECLImageClassificationPipeline
 from ecl_hf.recipe import Recipe
 from ecl_hf.runs import RunFolder

@@ -24,7 +24,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from ecl_hf import tables
-from ecl_hf.longtail import exponential_counts
+from ecl_hf.data.longtail import exponential_counts
 from ecl_hf.methods import METHODS
 from ecl_hf.recipe import Recipe
 from ecl_hf.runs import RunFolder, write_atomically

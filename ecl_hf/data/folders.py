@@ -12,7 +12,7 @@ import pyarrow as pa
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from torchvision.datasets.folder import make_dataset
 
-from ecl_hf.recipe import DataConfig
+from ecl_hf.data.config import DataConfig
 
 PICTURES = frozenset(ImageFolder.EXTENSIONS)
 SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})

@@ -15,11 +15,11 @@ from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
 
-from ecl_hf import streaming
-from ecl_hf.data import load_longtailed
-from ecl_hf.pictures import BrokenPictureError
-from ecl_hf.recipe import DataConfig
-from ecl_hf.streaming import StreamedViews, StreamSampler, stream_loader
+from ecl_hf.data import streaming
+from ecl_hf.data.config import DataConfig
+from ecl_hf.data.longtailed import load_longtailed
+from ecl_hf.data.pictures import BrokenPictureError
+from ecl_hf.data.streaming import StreamedViews, StreamSampler, stream_loader
 
 NAMES = ["ant", "bee", "cow"]
 COUNTS = [24, 14, 8]
@@ -286,10 +286,10 @@ import json, sys
 import datasets
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from ecl_hf.data import load_longtailed
-from ecl_hf.loaders import ViewDataset, train_loader
+from ecl_hf.data.longtailed import load_longtailed
+from ecl_hf.data.loaders import ViewDataset, train_loader
 from ecl_hf.recipe import DataConfig
-from tests.test_streaming import FLAGS, PAUSE, config, loader, number
+from tests.data.test_streaming import FLAGS, PAUSE, config, loader, number
 import train
 
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = PAUSE
@@ -314,7 +314,7 @@ train.main([*FLAGS, f"--data.path={folder}", f"--output_dir={output}/run"])
 def test_two_processes_never_see_the_same_picture_in_an_epoch(tmp_path):
     folder, script = write(tmp_path / "data"), tmp_path / "process.py"
     script.write_text(PROCESS)
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     paths = os.pathsep.join([str(root), str(root / "training")])
     cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true"}

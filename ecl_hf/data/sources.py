@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets.packaged_modules.parquet.parquet import Parquet
 
-from ecl_hf.folders import read_class_folders
-from ecl_hf.longtail import longtail_indices
-from ecl_hf.recipe import DataConfig
+from ecl_hf.data.config import DataConfig
+from ecl_hf.data.folders import read_class_folders
+from ecl_hf.data.longtail import longtail_indices
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from datasets.table import embed_table_storage
 
-from ecl_hf.recipe import DataConfig
-from ecl_hf.sources import Source, labels_of
+from ecl_hf.data.config import DataConfig
+from ecl_hf.data.sources import Source, labels_of
 
 PROTOCOL = ("profile", "imbalance_factor", "max_count", "split_seed", "test_fraction")
 """Keys of the data section that decide which pictures are taken."""

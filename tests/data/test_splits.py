@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ecl_hf.data import choose_rows, load_longtailed, load_source
-from ecl_hf.longtail import longtail_indices
-from ecl_hf.recipe import DataConfig
-from ecl_hf.splits import Split, compare_rows
+from ecl_hf.data.config import DataConfig
+from ecl_hf.data.longtail import longtail_indices
+from ecl_hf.data.longtailed import choose_rows, load_longtailed, load_source
+from ecl_hf.data.splits import Split, compare_rows
 
 NAMES = ["Grüner Specht", "ant hill", "bee"]
 COUNTS = {"train": [12, 9, 10], "test": [2, 1, 3]}
@@ -128,8 +128,8 @@ def test_pictures_are_copied_as_they_are(config, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*fewer than 5")
 def test_many_pictures_are_stored_in_parts(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("ecl_hf.splits.SHARD", 4)
-    monkeypatch.setattr("ecl_hf.splits.ROW_GROUP", 3)
+    monkeypatch.setattr("ecl_hf.data.splits.SHARD", 4)
+    monkeypatch.setattr("ecl_hf.data.splits.ROW_GROUP", 3)
     split = build(config, tmp_path / "split", with_pictures=True)
     assert len(list((split.path / "data").glob("train-*-of-00004.parquet"))) == 4
     data = load_longtailed(DataConfig(path=str(split.path), profile="as_is"))

@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from ecl_hf.pictures import DECODED_LIMIT, BrokenPictureError, KeptPictures, decode, decoded_size
-from ecl_hf.views import RandomView, View
+from ecl_hf.data.pictures import DECODED_LIMIT, BrokenPictureError, KeptPictures, decode, decoded_size
+from ecl_hf.data.views import RandomView, View
 
 SAMPLE = 64
 """Pictures that tell how much memory the whole set would take."""

@@ -20,10 +20,10 @@ from datasets.distributed import split_dataset_by_node
 from datasets.packaged_modules.parquet.parquet import Parquet
 from torch.utils.data import DataLoader, Sampler
 
-from ecl_hf.loaders import OnError, collated, draw, own_generators
-from ecl_hf.pictures import BrokenPictureError, content, decode
-from ecl_hf.recipe import DataConfig
-from ecl_hf.sources import (
+from ecl_hf.data.config import DataConfig
+from ecl_hf.data.loaders import OnError, collated, draw, own_generators
+from ecl_hf.data.pictures import BrokenPictureError, content, decode
+from ecl_hf.data.sources import (
     Source,
     choose_columns,
     labels_of,
@@ -33,7 +33,7 @@ from ecl_hf.sources import (
     stored_names,
     with_labels,
 )
-from ecl_hf.views import View
+from ecl_hf.data.views import View
 
 SHARDS = 64
 """Most parts of local pictures, of which a stream takes one after the other in random order."""

@@ -14,8 +14,8 @@ from PIL import Image
 from torchvision import transforms as T
 from transformers import TimmWrapperImageProcessor
 
-from ecl_hf import views
-from ecl_hf.views import Cutout, GaussianBlur, contrastive_view, evaluation_view, supervised_view
+from ecl_hf.data import views
+from ecl_hf.data.views import Cutout, GaussianBlur, contrastive_view, evaluation_view, supervised_view
 
 
 def data_config(size, **more):

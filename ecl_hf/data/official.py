@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from timm.data import ImageNetInfo
 
-from ecl_hf.folders import holds, pictures
-from ecl_hf.picture_lists import PictureList, distinct, find_list, locate, read_list
-from ecl_hf.recipe import DataConfig
-from ecl_hf.sources import Source, directory, labels_of, read_splits
+from ecl_hf.data.config import DataConfig
+from ecl_hf.data.folders import holds, pictures
+from ecl_hf.data.picture_lists import PictureList, distinct, find_list, locate, read_list
+from ecl_hf.data.sources import Source, directory, labels_of, read_splits
 
 CIFAR = {
     "bb3914949cecedee6d1257f7f5fdb8f43fa3b2c8095fd1763161caf1b873fe59": ("CIFAR-10", 5000, 1000),

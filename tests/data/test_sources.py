@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ecl_hf import official
-from ecl_hf.data import load_longtailed
-from ecl_hf.longtail import longtail_indices
-from ecl_hf.recipe import DataConfig
-from ecl_hf.sources import labels_of
+from ecl_hf.data import official
+from ecl_hf.data.config import DataConfig
+from ecl_hf.data.longtail import longtail_indices
+from ecl_hf.data.longtailed import load_longtailed
+from ecl_hf.data.sources import labels_of
 
 
 @pytest.fixture(autouse=True)

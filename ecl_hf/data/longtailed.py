@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 
-from ecl_hf.longtail import exponential_counts, held_out_counts, longtail_indices, pareto_counts
-from ecl_hf.official import BENCHMARKS, check_cifar, load_official
-from ecl_hf.recipe import DataConfig
-from ecl_hf.sources import Source, labels_of, read_source
-from ecl_hf.splits import Split, pictures_of
-from ecl_hf.streaming import open_streams
+from ecl_hf.data.config import DataConfig
+from ecl_hf.data.longtail import exponential_counts, held_out_counts, longtail_indices, pareto_counts
+from ecl_hf.data.official import BENCHMARKS, check_cifar, load_official
+from ecl_hf.data.sources import Source, labels_of, read_source
+from ecl_hf.data.splits import Split, pictures_of
+from ecl_hf.data.streaming import open_streams
 
 FEW = 5
 """Classes with fewer training images than this are named in a warning, where no protocol asked for them."""

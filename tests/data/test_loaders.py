@@ -13,11 +13,11 @@ import train
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 
-from ecl_hf import loaders, pictures
-from ecl_hf.folders import pictures as picture_files
-from ecl_hf.loaders import EpochSampler, ViewDataset, evaluation_loader, train_loader
-from ecl_hf.pictures import BrokenPictureError
-from ecl_hf.views import evaluation_view, supervised_view
+from ecl_hf.data import loaders, pictures
+from ecl_hf.data.folders import pictures as picture_files
+from ecl_hf.data.loaders import EpochSampler, ViewDataset, evaluation_loader, train_loader
+from ecl_hf.data.pictures import BrokenPictureError
+from ecl_hf.data.views import evaluation_view, supervised_view
 
 PIXELS = {"input_size": (3, 16, 16), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3), "crop_pct": 1.0}
 BROKEN = (2, 3, 9)

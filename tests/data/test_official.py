@@ -9,11 +9,12 @@ import datasets
 import numpy as np
 import pytest
 
-from ecl_hf.data import load_longtailed
-from ecl_hf.official import BENCHMARKS, load_official
-from ecl_hf.recipe import DataConfig, Recipe
+from ecl_hf.data.config import DataConfig
+from ecl_hf.data.longtailed import load_longtailed
+from ecl_hf.data.official import BENCHMARKS, load_official
+from ecl_hf.recipe import Recipe
 
-RECIPES = Path(__file__).parents[1] / "training" / "recipes"
+RECIPES = Path(__file__).parents[2] / "training" / "recipes"
 SYNSETS = ["n01440764", "n02012849", "n03126707"]  # tench and two kinds of crane
 TRAIN_COUNTS, TEST_COUNT = [4, 3, 1], 2
 PUBLISHED = dict(BENCHMARKS)

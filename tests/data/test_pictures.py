@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from transformers.image_utils import load_image
 
-from ecl_hf import pictures
-from ecl_hf.pictures import BrokenPictureError, KeptPictures, decode, decoded_size, defect, to_rgb
+from ecl_hf.data import pictures
+from ecl_hf.data.pictures import BrokenPictureError, KeptPictures, decode, decoded_size, defect, to_rgb
 
 
 def stored(image, kind="png", **options):

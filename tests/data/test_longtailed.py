@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ecl_hf.data import load_longtailed
-from ecl_hf.loaders import EpochSampler, ViewDataset, collate, evaluation_loader, train_loader
-from ecl_hf.longtail import longtail_indices
-from ecl_hf.pictures import to_rgb
-from ecl_hf.recipe import DataConfig
-from ecl_hf.views import contrastive_view, evaluation_view, supervised_view
+from ecl_hf.data.config import DataConfig
+from ecl_hf.data.loaders import EpochSampler, ViewDataset, collate, evaluation_loader, train_loader
+from ecl_hf.data.longtail import longtail_indices
+from ecl_hf.data.longtailed import load_longtailed
+from ecl_hf.data.pictures import to_rgb
+from ecl_hf.data.views import contrastive_view, evaluation_view, supervised_view
 
 NAMES = ["ant", "bee", "cow"]
 SIZES = [12, 9, 10]

@@ -1,0 +1,86 @@
+"""The recipe's section `data`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ecl_hf.checks import check_values, require
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Pictures, and the long-tailed split made of them."""
+
+    source: str = "uoft-cs/cifar100"
+    """Data set: a Hub repository; a published list over your pictures in `path` (`imagenet_lt`, `places_lt`,
+    `inaturalist2018`); or `digits` (scikit-learn's handwritten digits, no download)."""
+    path: str | None = None
+    """Local directory with the pictures, instead of the Hub's: class folders, parquet files train-*, test-*, or what
+    else `datasets` reads."""
+    subset: str | None = None
+    """Subset of a Hub repository that has several."""
+    train_list: str | None = None
+    """Published training list of `source`; found in `path` by its official name when not given."""
+    test_list: str | None = None
+    """Published test list of `source`; found in `path` by its official name when not given."""
+    image_column: str | None = None
+    """Column with the pictures; found by its type when not given."""
+    label_column: str | None = None
+    """Column with the class labels; found by its type when there is just one, else needed."""
+    train_split: str = "train"
+    """Name of the split to train on."""
+    test_split: str = "test"
+    """Name of the split to test on."""
+    test_fraction: float | None = None
+    """Part of each class of `train_split` to hold out and test on, instead of `test_split`."""
+    profile: Literal["exponential", "pareto", "as_is"] = "exponential"
+    """How class counts fall: `exponential` (CIFAR-LT), `pareto` (ImageNet-LT), or `as_is` (long-tailed already)."""
+    imbalance_factor: float = 100.0
+    """Largest class count over the smallest (gamma); not used by `as_is`."""
+    max_count: int | None = None
+    """Images of the largest class; the smallest class size of the full train split when not given."""
+    split_seed: int | Literal["first"] = 0
+    """Seed that chooses the images of the split; 0 is the published protocol, `first` takes each class's first ones."""
+    split: str | None = None
+    """Directory of a split that `training/data.py build` made: its pictures are taken, if it is of this protocol."""
+    augmentation: Literal["cifar", "imagenet"] = "cifar"
+    """Supervised view: `cifar` (crop, AutoAugment, Cutout) or `imagenet` (resized crop, jitter, RandAugment)."""
+    streaming: bool = False
+    """Read the training pictures while they are needed, and never store them all; for splits that are long-tailed
+    already."""
+    class_counts: list[int] | None = None
+    """Training images of each class, for `streaming`; counted over the label column when not given."""
+    shuffle_buffer: int = 1000
+    """Pictures among which `streaming` chooses the next one."""
+    horizontal_flip: bool = True
+    """Whether a mirrored picture keeps its class; false for digits, text, left-right asymmetric defects."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """Pictures that can't be decoded: `raise` stops and names the first one; `skip` trains on the next picture instead,
+    leaves them out of the test, and says how many there were."""
+    num_workers: int = 0
+    """Data-loading processes of each training process."""
+
+    def __post_init__(self) -> None:
+        check_values(self, "data.")
+        require(self.imbalance_factor >= 1, f"data.imbalance_factor must be at least 1, got {self.imbalance_factor}")
+        require(
+            self.max_count is None or self.max_count >= 1, f"data.max_count must be at least 1, got {self.max_count}"
+        )
+        if self.streaming:
+            require(
+                self.profile == "as_is" and self.split is None and self.test_fraction is None,
+                "data.streaming takes a split as it is: make one with `training/data.py build --pictures`, name its "
+                "directory in data.path, or publish it, and set data.profile as_is",
+            )
+        require(self.streaming or self.class_counts is None, "data.class_counts belongs to data.streaming")
+        require(
+            self.class_counts is None or min(self.class_counts, default=0) >= 1,
+            f"data.class_counts must be positive, got {self.class_counts}",
+        )
+        require(self.shuffle_buffer >= 1, f"data.shuffle_buffer must be at least 1, got {self.shuffle_buffer}")
+        for name in ("split_seed", "num_workers"):
+            value = getattr(self, name)
+            require(value == "first" or value >= 0, f"data.{name} must not be negative, got {value}")
+        require(
+            self.test_fraction is None or 0 < self.test_fraction < 1,
+            f"data.test_fraction must lie between 0 and 1, got {self.test_fraction}",
+        )
