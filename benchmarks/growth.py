@@ -27,7 +27,7 @@ from measuring import (
 from memory import in_fresh_process, peak_of_step
 
 from ecl_hf import ECLConfig, ECLForImageClassification
-from ecl_hf.evaluation import predict, summarise
+from ecl_hf.evidence.evaluation import predict, summarise
 from ecl_hf.losses import feature_distillation, logit_distillation, transfer_weights
 
 BATCH = 256

@@ -18,8 +18,8 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from torch import Tensor, nn
 
 from ecl_hf.configuration_ecl import ECLConfig
+from ecl_hf.evidence.metrics import shot_groups
 from ecl_hf.heads import ECLCosineHead
-from ecl_hf.metrics import shot_groups
 from ecl_hf.modeling_ecl import ECLForImageClassification
 from ecl_hf.repository import explain_hub_errors, upload_directory
 
@@ -166,7 +166,7 @@ def write_card(
     """Write `README.md` (see `model_card`) and, if matplotlib is installed, a picture of the class counts."""
     plot = None
     if config.class_counts and kwargs.get("expert") is None and importlib.util.find_spec("matplotlib"):
-        from ecl_hf.plots import plot_class_histogram
+        from ecl_hf.evidence.plots import plot_class_histogram
 
         plot = "class_counts.png"
         names = [config.id2label[c] for c in range(config.num_labels)]

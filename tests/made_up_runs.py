@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ecl_hf.analysis import embed_features, pairwise_feature_distance, posthoc_accuracy, shifted_accuracy
-from ecl_hf.evaluation import Predictions, summarise
-from ecl_hf.metrics import class_accuracy, confusion_matrix, reliability_table
+from ecl_hf.evidence.analysis import embed_features, pairwise_feature_distance, posthoc_accuracy, shifted_accuracy
+from ecl_hf.evidence.evaluation import Predictions, summarise
+from ecl_hf.evidence.metrics import class_accuracy, confusion_matrix, reliability_table
 
 MACHINE = {"platform": "a machine", "device": "cpu", "processes": 1, "threads_per_process": 1}
 

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState, PartialState
 from jsonargparse import ArgumentParser
 from train import main as train
 
-from ecl_hf import tables
+from ecl_hf.evidence import tables
 from ecl_hf.methods import METHODS
 from ecl_hf.recipe import Recipe
 from ecl_hf.runs import RunFolder

@@ -29,7 +29,7 @@ from ecl_hf.data.longtailed import choose_rows, load_source
 from ecl_hf.data.pictures import content, defect
 from ecl_hf.data.sources import labels_of, read_source
 from ecl_hf.data.splits import PARTS, Split, check_output, compare_rows, pictures_of, records
-from ecl_hf.metrics import shot_groups
+from ecl_hf.evidence.metrics import shot_groups
 from ecl_hf.recipe import Recipe
 from ecl_hf.repository import explain_hub_errors
 

@@ -28,22 +28,22 @@ from torch import nn
 from tqdm import tqdm
 
 from ecl_hf import ECLForImageClassification
-from ecl_hf.analysis import (
+from ecl_hf.data.loaders import evaluation_loader
+from ecl_hf.data.longtailed import LongTailedData, load_longtailed
+from ecl_hf.data.pictures import BrokenPictureError
+from ecl_hf.data.views import evaluation_view
+from ecl_hf.evidence.analysis import (
     collect_transfer,
     embed_features,
     pairwise_feature_distance,
     posthoc_accuracy,
     shifted_accuracy,
 )
-from ecl_hf.data.loaders import evaluation_loader
-from ecl_hf.data.longtailed import LongTailedData, load_longtailed
-from ecl_hf.data.pictures import BrokenPictureError
-from ecl_hf.data.views import evaluation_view
-from ecl_hf.evaluation import Predictions, format_table, measure_speed, predict, summarise
+from ecl_hf.evidence.evaluation import Predictions, format_table, measure_speed, predict, summarise
+from ecl_hf.evidence.landscape import landscape
+from ecl_hf.evidence.metrics import class_accuracy, confusion_matrix, reliability_table
 from ecl_hf.heads import create_head
-from ecl_hf.landscape import landscape
 from ecl_hf.methods import BALANCED, BALANCED_DETACHED, INVERTED, METHODS, SHUFFLED
-from ecl_hf.metrics import class_accuracy, confusion_matrix, reliability_table
 from ecl_hf.recipe import Recipe
 from ecl_hf.runs import RunFolder, describe_environment, describe_model, write_atomically
 

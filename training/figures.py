@@ -26,7 +26,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from matplotlib.figure import Figure
 
-from ecl_hf import plots
+from ecl_hf.evidence import plots
 from ecl_hf.runs import RunFolder, write_atomically
 
 EVALUATE = Path(__file__).with_name("evaluate.py")

@@ -23,8 +23,8 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from ecl_hf import tables
 from ecl_hf.data.longtail import exponential_counts
+from ecl_hf.evidence import tables
 from ecl_hf.methods import METHODS
 from ecl_hf.recipe import Recipe
 from ecl_hf.runs import RunFolder, write_atomically

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ecl_hf.data.longtail import exponential_counts, held_out_counts, longtail_indices, pareto_counts
-from ecl_hf.metrics import shot_groups
+from ecl_hf.evidence.metrics import shot_groups
 
 
 def cao_subset(targets, counts, seed):

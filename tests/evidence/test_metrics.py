@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ecl_hf.metrics import (
+from ecl_hf.evidence.metrics import (
     class_accuracy,
     confusion_matrix,
     expected_calibration_error,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from ecl_hf.evaluation import Predictions, format_table, measure_speed, predict, score, summarise
+from ecl_hf.evidence.evaluation import Predictions, format_table, measure_speed, predict, score, summarise
 
 EXPERTS, CLASSES, SIDE = 3, 4, 5
 COUNTS = [300, 100, 20, 3]

@@ -6,9 +6,9 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from ecl_hf import plots
-from ecl_hf.plots.classes import block_sums
-from ecl_hf.plots.style import GROUP_COLOURS, smooth
+from ecl_hf.evidence import plots
+from ecl_hf.evidence.plots.classes import block_sums
+from ecl_hf.evidence.plots.style import GROUP_COLOURS, smooth
 
 COUNTS = [30, 200, 5]
 NAMES = ["cat", "dog", "owl"]  # dog, cat, owl from many to few

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ecl_hf.analysis import class_ranking
-from ecl_hf.metrics import shot_groups
+from ecl_hf.evidence.analysis import class_ranking
+from ecl_hf.evidence.metrics import shot_groups
 
 Runs = dict[str, Any]
 """What is drawn of each run, by its name."""

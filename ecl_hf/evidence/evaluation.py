@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ecl_hf.metrics import expected_calibration_error, group_accuracy, topk_accuracy
+from ecl_hf.evidence.metrics import expected_calibration_error, group_accuracy, topk_accuracy
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ecl_hf.plots.style import COLOURS, Runs, make_panels, shared_legend, styled
+from ecl_hf.evidence.plots.style import COLOURS, Runs, make_panels, shared_legend, styled
 
 
 @styled

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from ecl_hf.analysis import (
+from ecl_hf.evidence.analysis import (
     class_ranking,
     collect_transfer,
     embed_features,
@@ -21,7 +21,7 @@ from ecl_hf.analysis import (
     shifted_prior,
     transfer_by_class,
 )
-from ecl_hf.landscape import filter_normalised_direction, landscape
+from ecl_hf.evidence.landscape import filter_normalised_direction, landscape
 from ecl_hf.losses import transfer_weights
 
 COUNTS = [10, 200, 3, 40]

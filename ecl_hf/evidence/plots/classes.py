@@ -7,9 +7,9 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from ecl_hf.analysis import class_ranking, expert_pairs
-from ecl_hf.metrics import shot_groups
-from ecl_hf.plots.style import (
+from ecl_hf.evidence.analysis import class_ranking, expert_pairs
+from ecl_hf.evidence.metrics import shot_groups
+from ecl_hf.evidence.plots.style import (
     COLOURS,
     GROUP_COLOURS,
     NAMED_CLASSES,

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ecl_hf.evidence.metrics import class_accuracy, feature_distance
 from ecl_hf.heads import log_prior_shift
 from ecl_hf.losses import logit_distillation, posthoc_adjust, transfer_weights
-from ecl_hf.metrics import class_accuracy, feature_distance
 
 SHIFT_FACTORS = (50, 25, 10, 5, 2)
 """Imbalance factors of the shifted test distributions, as LADE (Hong et al., CVPR 2021) has them."""

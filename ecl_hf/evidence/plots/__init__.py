@@ -4,7 +4,7 @@ Classes are drawn from the largest to the smallest training class. Nothing else 
 needs matplotlib (`pip install 'ecl-hf[figures]'`).
 """
 
-from ecl_hf.plots.classes import (
+from ecl_hf.evidence.plots.classes import (
     plot_class_accuracy,
     plot_class_histogram,
     plot_confusion,
@@ -12,7 +12,7 @@ from ecl_hf.plots.classes import (
     plot_transfer,
     plot_tsne,
 )
-from ecl_hf.plots.models import (
+from ecl_hf.evidence.plots.models import (
     plot_expert_number,
     plot_landscape,
     plot_loss_weights,
