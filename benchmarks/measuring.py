@@ -20,9 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ecl_hf import ECLConfig, ECLForImageClassification
-from ecl_hf.collaborative import CollaborativeTask
-from ecl_hf.finite import StepCheck
-from ecl_hf.memory import keep_freed_memory
+from ecl_hf.learning.finite import StepCheck
+from ecl_hf.learning.memory import keep_freed_memory
+from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.methods import METHODS
 from ecl_hf.recipe import LossConfig
 from ecl_hf.runs import describe_environment, write_atomically

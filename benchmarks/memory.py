@@ -37,7 +37,7 @@ from measuring import (
     table,
 )
 
-from ecl_hf.memory import checkpoint_blocks, checkpoint_experts, counted_once
+from ecl_hf.learning.memory import checkpoint_blocks, checkpoint_experts, counted_once
 from ecl_hf.modeling_ecl import ECLForImageClassification
 
 Saving = tuple[Callable[[ECLForImageClassification], None], ...]
@@ -94,7 +94,7 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
     # Else the C library would hold back what was freed, and blur the peak
     os.environ.update(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "timm", "transformers.modeling_utils", "ecl_hf.collaborative"])
+    context.set_forkserver_preload(["torch", "timm", "transformers.modeling_utils", "ecl_hf.learning.task"])
     with context.Pool(1) as pool:
         return pool.apply(function, args)
 

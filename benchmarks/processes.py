@@ -62,7 +62,7 @@ def train(rank: int, processes: int, port: int, sizes: dict[str, Any], answers: 
 def measure(processes: int, sizes: dict[str, Any]) -> tuple[list[float], dict[str, int]]:
     """Seconds of each step and bytes of one step that each process hands to the others."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "timm", "transformers.modeling_utils", "ecl_hf.collaborative"])
+    context.set_forkserver_preload(["torch", "timm", "transformers.modeling_utils", "ecl_hf.learning.task"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

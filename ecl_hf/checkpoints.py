@@ -9,10 +9,6 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
-
 CHECKSUMS = "SHA256SUMS"
 """File of a checkpoint with the checksums of all others, as `sha256sum --check` reads them."""
 
@@ -84,28 +80,3 @@ def remove_partial(folder: Path) -> None:
     """Delete what a killed process left half-written or half-deleted in a folder."""
     for path in folder.glob(".*.partial"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def statistics(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Running statistics of normalisation layers by name: the state that differs between processes."""
-    buffers = module.named_buffers()
-    return {name: buffer for name, buffer in buffers if name.rpartition(".")[2].startswith(("running_", "num_batches"))}
-
-
-def save_statistics(module: nn.Module, folder: Path, process: int) -> None:
-    """Keep a process's running statistics beside the weights, which hold those of the main process."""
-    if tensors := statistics(module):
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / _statistics_file(process))
-
-
-def load_statistics(module: nn.Module, folder: Path, process: int) -> None:
-    """Restore them; a process that was not there when they were saved keeps those of the main process."""
-    file = folder / _statistics_file(process)
-    if file.exists():
-        saved = load_file(file)
-        for name, buffer in statistics(module).items():
-            buffer.copy_(saved[name])
-
-
-def _statistics_file(process: int) -> str:
-    return f"statistics_{process}.safetensors"

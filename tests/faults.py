@@ -34,7 +34,7 @@ def _send(number: int) -> Callable[..., None]:
 
 def kill_in_step(step: int) -> None:
     """SIGKILL between the optimiser's move and that of the momentum encoders."""
-    from ecl_hf.collaborative import CollaborativeTask
+    from ecl_hf.learning.task import CollaborativeTask
 
     _before(CollaborativeTask, "follow", step, _send(signal.SIGKILL))
 
@@ -78,7 +78,7 @@ def kill_in_log(epoch: int) -> None:
 
 def ask_to_stop(step: int, number: int = signal.SIGTERM) -> None:
     """SIGTERM to the process and, as batch systems do, to its loading processes."""
-    from ecl_hf.collaborative import CollaborativeTask
+    from ecl_hf.learning.task import CollaborativeTask
 
     def tell_all(*_: object) -> None:
         for child in torch.multiprocessing.active_children():
@@ -90,7 +90,7 @@ def ask_to_stop(step: int, number: int = signal.SIGTERM) -> None:
 
 def kill_loading_process(step: int) -> None:
     """SIGKILL to a loading process, as the kernel does when the memory is full."""
-    from ecl_hf.collaborative import CollaborativeTask
+    from ecl_hf.learning.task import CollaborativeTask
 
     def kill_one(*_: object) -> None:
         os.kill(torch.multiprocessing.active_children()[0].pid, signal.SIGKILL)
@@ -100,14 +100,14 @@ def kill_loading_process(step: int) -> None:
 
 def hang(step: int) -> None:
     """Stop answering."""
-    from ecl_hf.collaborative import CollaborativeTask
+    from ecl_hf.learning.task import CollaborativeTask
 
     _before(CollaborativeTask, "forward", step, _send(signal.SIGSTOP))
 
 
 def infinite_loss(step: int) -> None:
     """One picture of the step's batch is not a number."""
-    from ecl_hf.collaborative import CollaborativeTask
+    from ecl_hf.learning.task import CollaborativeTask
 
     original, calls = CollaborativeTask.forward, []
 
@@ -122,7 +122,7 @@ def infinite_loss(step: int) -> None:
 
 def infinite_gradient(step: int) -> None:
     """The loss of the step is finite, and its gradient is not."""
-    from ecl_hf.collaborative import CollaborativeTask
+    from ecl_hf.learning.task import CollaborativeTask
 
     original, calls = CollaborativeTask.forward, []
 
@@ -140,7 +140,7 @@ def infinite_gradient(step: int) -> None:
 def vanish(folder: Path, step: int) -> None:
     """The data directory is gone, and no picture was kept."""
     import ecl_hf.data.loaders
-    from ecl_hf.collaborative import CollaborativeTask
+    from ecl_hf.learning.task import CollaborativeTask
 
     ecl_hf.data.loaders.DECODED_LIMIT = 0
     _before(CollaborativeTask, "forward", step, lambda *_: shutil.rmtree(folder))

@@ -99,7 +99,7 @@ def test_scripts_import_no_script(script):
 
 
 def test_inference_loads_no_training_dependency():
-    heavy = ["datasets", "accelerate", "matplotlib", "sklearn", "torchmetrics", "jsonargparse", "ecl_hf.collaborative"]
+    heavy = ["datasets", "accelerate", "matplotlib", "sklearn", "torchmetrics", "jsonargparse", "ecl_hf.learning.task"]
     code = (
         f"import sys, timm, transformers.modeling_utils; before = set(sys.modules); import ecl_hf; "
         f"print([m for m in {heavy} if m in set(sys.modules) - before])"

@@ -14,7 +14,7 @@ import train
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
-from ecl_hf.collaborative import CollaborativeTask
+from ecl_hf.learning.task import CollaborativeTask
 from tests.children import start, start_connected
 
 pytestmark = pytest.mark.slow

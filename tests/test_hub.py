@@ -18,9 +18,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 
 from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.hub import BackgroundUpload
-from ecl_hf.initialise import initialise_model
+from ecl_hf.learning.config import ModelConfig
+from ecl_hf.learning.initialise import initialise_model
 from ecl_hf.methods import METHODS
-from ecl_hf.recipe import ModelConfig
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["red fox", "wolf", "lynx", "otter"]

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from ecl_hf import ECLConfig, ECLForImageClassification, methods
-from ecl_hf.collaborative import CollaborativeTask
+from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.methods import METHODS, Method, TaskOutputs, Term
 from ecl_hf.recipe import LossConfig
 from tests import reference

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from train import main
 
 from ecl_hf import ECLForImageClassification
-from ecl_hf.collaborative import CollaborativeTask
+from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.methods import METHODS
 
 TINY = [

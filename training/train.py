@@ -33,9 +33,6 @@ from timm.utils import distribute_bn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ecl_hf.batchnorm import synchronise_batchnorm
-from ecl_hf.checkpoints import load_statistics, save_statistics
-from ecl_hf.collaborative import CollaborativeTask
 from ecl_hf.data.loaders import ViewDataset, evaluation_loader, train_loader
 from ecl_hf.data.longtailed import load_longtailed
 from ecl_hf.data.pictures import BrokenPictureError
@@ -43,12 +40,14 @@ from ecl_hf.data.streaming import StreamedViews, StreamSampler, stream_loader
 from ecl_hf.data.views import contrastive_view, evaluation_view, supervised_view
 from ecl_hf.evidence.evaluation import Predictions, format_table, predict, summarise
 from ecl_hf.evidence.metrics import shot_groups
-from ecl_hf.finite import StepCheck, check_weights
 from ecl_hf.hub import BackgroundUpload, check_upload, write_card
-from ecl_hf.initialise import initialise_model
 from ecl_hf.interruption import STOPPED, StopRequest, plain_errors
 from ecl_hf.launch import check_launch
-from ecl_hf.memory import checkpoint_blocks, checkpoint_experts, counted_once, keep_freed_memory
+from ecl_hf.learning.batchnorm import load_statistics, save_statistics, synchronise_batchnorm
+from ecl_hf.learning.finite import StepCheck, check_weights
+from ecl_hf.learning.initialise import initialise_model
+from ecl_hf.learning.memory import checkpoint_blocks, checkpoint_experts, counted_once, keep_freed_memory
+from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.methods import METHODS
 from ecl_hf.recipe import Recipe
 from ecl_hf.repository import upload_directory

@@ -9,9 +9,9 @@ from safetensors import SafetensorError
 
 from ecl_hf.backbones import create_encoder
 from ecl_hf.configuration_ecl import ECLConfig
+from ecl_hf.learning.config import ModelConfig
 from ecl_hf.methods import Method
 from ecl_hf.modeling_ecl import ECLForImageClassification, data_config
-from ecl_hf.recipe import ModelConfig
 
 _PROBE_SEED = 0x0DD5EED
 """Of two identical initialisations. With a seed that people train with, a frozen layer could look as if not loaded."""

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from ecl_hf import ECLConfig, ECLForImageClassification
-from ecl_hf.collaborative import CollaborativeTask
+from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.methods import METHODS
 from ecl_hf.recipe import LossConfig
 

@@ -5,9 +5,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from ecl_hf.initialise import initialise_model
+from ecl_hf.learning.config import ModelConfig
+from ecl_hf.learning.initialise import initialise_model
 from ecl_hf.methods import METHODS, Method
-from ecl_hf.recipe import ModelConfig
 
 NAMES = ["ant", "bee", "cow", "dog"]
 COUNTS = [40, 20, 9, 4]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ecl_hf.checkpoints import statistics
+from ecl_hf.learning.batchnorm import statistics
 from ecl_hf.modeling_ecl import ECLForImageClassification
 
 

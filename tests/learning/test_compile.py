@@ -7,8 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from ecl_hf import ECLConfig, ECLForImageClassification
-from ecl_hf.collaborative import CollaborativeTask
-from ecl_hf.memory import checkpoint_blocks, checkpoint_experts
+from ecl_hf.learning.memory import checkpoint_blocks, checkpoint_experts
+from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.methods import METHODS
 from ecl_hf.recipe import LossConfig
 

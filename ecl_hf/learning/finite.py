@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ecl_hf.checkpoints import statistics
+from ecl_hf.learning.batchnorm import statistics
 
 SHOWN = 5
 """Names in a message, of many."""

@@ -1,6 +1,12 @@
-"""BatchNorm over the images of all processes; on GPUs it is PyTorch's, which has none for CPUs."""
+"""Running statistics with several processes: BatchNorm over the images of all, or each process's own kept.
+
+BatchNorm over all images is PyTorch's on GPUs; it has none for CPUs.
+"""
+
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed import get_world_size
@@ -57,3 +63,28 @@ def synchronise_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
             raise ValueError(f"train.sync_batchnorm has no {type(layer).__name__} for {device.type}")
         layer.__class__ = SHARED[type(layer)]
     return module
+
+
+def statistics(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Running statistics of normalisation layers by name: the state that differs between processes."""
+    buffers = module.named_buffers()
+    return {name: buffer for name, buffer in buffers if name.rpartition(".")[2].startswith(("running_", "num_batches"))}
+
+
+def save_statistics(module: nn.Module, folder: Path, process: int) -> None:
+    """Keep a process's running statistics beside the weights, which hold those of the main process."""
+    if tensors := statistics(module):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / _statistics_file(process))
+
+
+def load_statistics(module: nn.Module, folder: Path, process: int) -> None:
+    """Restore them; a process that was not there when they were saved keeps those of the main process."""
+    file = folder / _statistics_file(process)
+    if file.exists():
+        saved = load_file(file)
+        for name, buffer in statistics(module).items():
+            buffer.copy_(saved[name])
+
+
+def _statistics_file(process: int) -> str:
+    return f"statistics_{process}.safetensors"

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from ecl_hf import ECLConfig, ECLForImageClassification
-from ecl_hf.collaborative import CollaborativeTask
+from ecl_hf.learning.memory import checkpoint_blocks, checkpoint_experts, counted_once
+from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.losses import balanced_cross_entropy, info_nce, transfer_weights
-from ecl_hf.memory import checkpoint_blocks, checkpoint_experts, counted_once
 from ecl_hf.methods import METHODS
 from ecl_hf.recipe import LossConfig
 
@@ -173,7 +173,7 @@ def test_architecture_without_checkpointing_is_refused():
 def test_freed_memory_stays_with_the_process():
     code = """
 import re, torch
-from ecl_hf.memory import keep_freed_memory
+from ecl_hf.learning.memory import keep_freed_memory
 
 def kept():
     resident = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])

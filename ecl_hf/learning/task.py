@@ -5,10 +5,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecl_hf.heads import create_head, log_prior_shift
+from ecl_hf.learning.momentum import KeyQueue, MomentumEncoder, follow, frozen_copy
 from ecl_hf.losses import full_precision
 from ecl_hf.methods import Method, TaskOutputs
 from ecl_hf.modeling_ecl import ECLForImageClassification
-from ecl_hf.momentum import KeyQueue, MomentumEncoder, follow, frozen_copy
 from ecl_hf.recipe import LossConfig
 
 TWO_PASSES = "mtia.disable_welford_reduction"

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from ecl_hf import ECLConfig, ECLForImageClassification
-from ecl_hf.collaborative import CollaborativeTask
+from ecl_hf.learning.momentum import KeyQueue, MomentumEncoder
+from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.methods import METHODS
-from ecl_hf.momentum import KeyQueue, MomentumEncoder
 from ecl_hf.recipe import LossConfig
 
 BRANCHES = ["encoder", "projector"]
