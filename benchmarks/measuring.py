@@ -24,7 +24,7 @@ from ecl_hf.learning.finite import StepCheck
 from ecl_hf.learning.memory import keep_freed_memory
 from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.methods import METHODS
-from ecl_hf.recipe import LossConfig
+from ecl_hf.methods.settings import LossConfig
 from ecl_hf.runs import describe_environment, write_atomically
 
 Batch = dict[str, Tensor]

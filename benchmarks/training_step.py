@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from ecl_hf.recipe import LossConfig
+from ecl_hf.methods.settings import LossConfig
 from ecl_hf.runs import write_atomically
 
 NESTED = "as NCL's"

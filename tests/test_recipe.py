@@ -11,7 +11,8 @@ from ecl_hf.data.config import DataConfig
 from ecl_hf.data.longtail import exponential_counts
 from ecl_hf.learning.config import ModelConfig, OptimConfig, TrainConfig
 from ecl_hf.methods import METHODS
-from ecl_hf.recipe import LossConfig, Recipe
+from ecl_hf.methods.settings import LossConfig
+from ecl_hf.recipe import Recipe
 from ecl_hf.runs import flatten
 
 FILES = sorted((Path(__file__).parents[1] / "training" / "recipes").glob("*.yaml"))

@@ -19,7 +19,7 @@ from ecl_hf.learning.initialise import initialise_model
 from ecl_hf.learning.memory import checkpoint_blocks, checkpoint_experts, counted_once
 from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.methods import METHODS
-from ecl_hf.recipe import LossConfig
+from ecl_hf.methods.settings import LossConfig
 from ecl_hf.runs import describe_model
 from tests.children import TINY
 

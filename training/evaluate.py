@@ -43,7 +43,8 @@ from ecl_hf.evidence.evaluation import Predictions, format_table, measure_speed,
 from ecl_hf.evidence.landscape import landscape
 from ecl_hf.evidence.metrics import class_accuracy, confusion_matrix, reliability_table
 from ecl_hf.heads import create_head
-from ecl_hf.methods import BALANCED, BALANCED_DETACHED, INVERTED, METHODS, SHUFFLED
+from ecl_hf.methods import METHODS
+from ecl_hf.methods.ecl import BALANCED, BALANCED_DETACHED, INVERTED, SHUFFLED
 from ecl_hf.recipe import Recipe
 from ecl_hf.runs import RunFolder, describe_environment, describe_model, write_atomically
 

@@ -8,8 +8,8 @@ from ecl_hf.heads import create_head, log_prior_shift
 from ecl_hf.learning.momentum import KeyQueue, MomentumEncoder, follow, frozen_copy
 from ecl_hf.losses import full_precision
 from ecl_hf.methods import Method, TaskOutputs
+from ecl_hf.methods.settings import LossConfig
 from ecl_hf.modeling_ecl import ECLForImageClassification
-from ecl_hf.recipe import LossConfig
 
 TWO_PASSES = "mtia.disable_welford_reduction"
 """Inductor's switch for variances in two passes, made for another device. The usual single pass (Welford's) keeps a CPU

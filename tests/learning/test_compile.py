@@ -10,7 +10,7 @@ from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.learning.memory import checkpoint_blocks, checkpoint_experts
 from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.methods import METHODS
-from ecl_hf.recipe import LossConfig
+from ecl_hf.methods.settings import LossConfig
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from ecl_hf.learning.memory import checkpoint_blocks, checkpoint_experts, counte
 from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.losses import balanced_cross_entropy, info_nce, transfer_weights
 from ecl_hf.methods import METHODS
-from ecl_hf.recipe import LossConfig
+from ecl_hf.methods.settings import LossConfig
 
 COUNTS = [40, 20, 9, 2]
 LOSS = LossConfig(queue_size=12, projection_dim=5, beta=0.5)

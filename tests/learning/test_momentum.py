@@ -12,7 +12,7 @@ from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.learning.momentum import KeyQueue, MomentumEncoder
 from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.methods import METHODS
-from ecl_hf.recipe import LossConfig
+from ecl_hf.methods.settings import LossConfig
 
 BRANCHES = ["encoder", "projector"]
 

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.methods import METHODS
-from ecl_hf.recipe import LossConfig
+from ecl_hf.methods.settings import LossConfig
 
 LR, MOMENTUM, WEIGHT_DECAY = 0.05, 0.9, 5e-3
 

@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from ecl_hf import ECLConfig, ECLForImageClassification, methods
+from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.learning.task import CollaborativeTask
-from ecl_hf.methods import METHODS, Method, TaskOutputs, Term
-from ecl_hf.recipe import LossConfig
+from ecl_hf.methods import METHODS, Method, TaskOutputs, Term, ecl
+from ecl_hf.methods.settings import LossConfig
 from tests import reference
 
 COUNTS = [60, 40, 25, 15, 10, 6, 4, 2, 1, 1]
@@ -87,7 +87,7 @@ def test_every_method_is_tested():
 @pytest.mark.parametrize("method", EXPECTED)
 def test_terms_and_branches(method):
     terms, most = EXPECTED[method]
-    assert METHODS[method].terms == tuple(getattr(methods, term) for term in terms.split())
+    assert METHODS[method].terms == tuple(getattr(ecl, term) for term in terms.split())
     assert METHODS[method].max_experts == most
     assert METHODS[method].logit_prior == ("train" if method == "ce" else "uniform")
     task = build(method, most_experts(method))
@@ -208,8 +208,8 @@ def test_the_second_view_serves_the_keys_alone():
 
 @pytest.mark.parametrize("term", TERMS)
 def test_reach_of_a_term(term):
-    task = build(Method((methods.REFERENCE, methods.CONTRASTIVE, getattr(methods, term))))
-    task.method = Method((getattr(methods, term),))  # with all branches, of which the term may use any
+    task = build(Method((ecl.REFERENCE, ecl.CONTRASTIVE, getattr(ecl, term))))
+    task.method = Method((getattr(ecl, term),))  # with all branches, of which the term may use any
     task.queue.keys.requires_grad_()
     task(**draw_batch())["loss"].backward()
     reached = set()
@@ -286,7 +286,7 @@ BY_LOOP = {
 @pytest.mark.parametrize("num_experts", [1, 3])
 def test_value_of_a_term(term, num_experts):
     out = draw_outputs(num_experts)
-    actual = getattr(methods, term).loss(out, LossConfig(**CONFIG))
+    actual = getattr(ecl, term).loss(out, LossConfig(**CONFIG))
     assert_close(actual, torch.tensor(BY_LOOP[term](out), dtype=torch.double), rtol=1e-9, atol=1e-12)
 
 
@@ -297,7 +297,7 @@ def test_ncl_mines_three_tenths_of_the_classes(num_classes, hard):
     log_counts = torch.tensor(counts, dtype=torch.double).log()
     out = TaskOutputs(labels, logits, logits, torch.zeros_like(log_counts), log_counts)
     expected = reference.ncl_cross_entropy(logits.tolist(), [0], counts, hard)
-    actual = methods.NESTED_SUPERVISION.loss(out, LossConfig())
+    actual = ecl.NESTED_SUPERVISION.loss(out, LossConfig())
     assert_close(actual, torch.tensor(expected, dtype=torch.double), rtol=1e-9, atol=0)
 
 
@@ -308,7 +308,7 @@ def test_shuffled_weights_are_a_permutation_within_the_batch():
         distillation(out, [[w[i] for i in order] for w, order in zip(weights, chosen, strict=True)])
         for chosen in product(orders, repeat=2)
     ]
-    seen = {methods.SHUFFLED.loss(out, LossConfig(**CONFIG)).item() for _ in range(20)}
+    seen = {ecl.SHUFFLED.loss(out, LossConfig(**CONFIG)).item() for _ in range(20)}
     assert all(min(abs(value - p) for p in possible) < 1e-12 for value in seen)
     assert len(seen) > 3
 
@@ -318,7 +318,7 @@ def test_detached_terms_teach_without_learning(kind):
     out = draw_outputs(2, num_images=1)
     scores = (out.cls_logits if kind == "BALANCED" else out.features).requires_grad_()
     both, student = (
-        torch.autograd.grad(getattr(methods, name).loss(out, LossConfig(**CONFIG)), scores)[0]
+        torch.autograd.grad(getattr(ecl, name).loss(out, LossConfig(**CONFIG)), scores)[0]
         for name in (kind, f"{kind}_DETACHED")
     )
     fixed, weights, temperature = scores.tolist(), transfer_weights(out), CONFIG["temperature"]
@@ -333,7 +333,7 @@ def test_detached_terms_teach_without_learning(kind):
 
 @pytest.mark.parametrize("term", ["PLAIN", "SUPERVISION", "REFERENCE"])
 def test_summed_supervision(term):
-    out, loss = draw_outputs(3), getattr(methods, term).loss
+    out, loss = draw_outputs(3), getattr(ecl, term).loss
     mean, summed = (loss(out, LossConfig(**CONFIG, sup_reduction=name)) for name in ("mean", "sum"))
     assert_close(summed, 3 * mean)
 
