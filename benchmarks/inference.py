@@ -31,7 +31,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from transformers import pipeline
 
 from ecl_hf import ECLConfig, ECLForImageClassification
-from ecl_hf.hub import save_timm
+from ecl_hf.publishing.hub import save_timm
 
 Seconds = dict[str, list[float]]
 

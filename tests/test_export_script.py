@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
 
 from ecl_hf import ECLConfig, ECLForImageClassification
-from ecl_hf.hub import best_expert, model_card
+from ecl_hf.publishing.hub import best_expert, model_card
 from ecl_hf.runs import RunFolder
 
 ROOT = Path(__file__).parents[1]

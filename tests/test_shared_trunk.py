@@ -13,13 +13,13 @@ from train import main
 
 from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.backbones import CifarResNet, create_encoder, cut_encoder, stage_names
-from ecl_hf.hub import save_timm
 from ecl_hf.learning.config import ModelConfig
 from ecl_hf.learning.initialise import initialise_model
 from ecl_hf.learning.memory import checkpoint_blocks, checkpoint_experts, counted_once
 from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.methods import METHODS
 from ecl_hf.methods.settings import LossConfig
+from ecl_hf.publishing.hub import save_timm
 from ecl_hf.runs import describe_model
 from tests.children import TINY
 

@@ -19,7 +19,7 @@ from jinja2 import UndefinedError
 from jsonargparse import ArgumentParser, Namespace
 
 from ecl_hf import ECLConfig, ECLForImageClassification
-from ecl_hf.hub import best_expert, save_onnx, save_timm, write_card
+from ecl_hf.publishing.hub import best_expert, save_onnx, save_timm, write_card
 from ecl_hf.repository import upload_directory
 from ecl_hf.runs import RunFolder
 

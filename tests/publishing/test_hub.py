@@ -17,12 +17,12 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from ecl_hf import ECLConfig, ECLForImageClassification
-from ecl_hf.hub import BackgroundUpload
 from ecl_hf.learning.config import ModelConfig
 from ecl_hf.learning.initialise import initialise_model
 from ecl_hf.methods import METHODS
+from ecl_hf.publishing.hub import BackgroundUpload
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAMES = ["red fox", "wolf", "lynx", "otter"]
 REPO = "owner/foxes"
 CODE = {"backbones.py", "configuration_ecl.py", "heads.py", "modeling_ecl.py", "repository.py"}
