@@ -36,7 +36,7 @@ from ecl_hf.data.config import DataConfig
 from ecl_hf.data.loaders import ViewDataset, train_loader
 from ecl_hf.data.sources import read_source
 from ecl_hf.data.views import GREY, Cutout, GaussianBlur, contrastive_view, supervised_view
-from ecl_hf.runs import describe_environment, write_atomically
+from ecl_hf.runs.folder import describe_environment, write_atomically
 
 BATCH = 64
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -25,7 +25,7 @@ from ecl_hf.learning.memory import keep_freed_memory
 from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.methods import METHODS
 from ecl_hf.methods.settings import LossConfig
-from ecl_hf.runs import describe_environment, write_atomically
+from ecl_hf.runs.folder import describe_environment, write_atomically
 
 Batch = dict[str, Tensor]
 Step = Callable[[], Any]

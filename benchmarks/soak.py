@@ -23,7 +23,7 @@ import torch
 from jsonargparse import ArgumentParser
 from safetensors.torch import load_file
 
-from ecl_hf.runs import RunFolder, describe_environment, write_atomically
+from ecl_hf.runs.folder import RunFolder, describe_environment, write_atomically
 
 SCRIPT = Path(__file__).parents[1] / "training" / "train.py"
 FLAGS = [

@@ -44,7 +44,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from ecl_hf.methods.settings import LossConfig
-from ecl_hf.runs import write_atomically
+from ecl_hf.runs.folder import write_atomically
 
 NESTED = "as NCL's"
 LOSS = LossConfig(sup_reduction="sum")

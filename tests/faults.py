@@ -57,21 +57,21 @@ def kill_in_write(checkpoint: int) -> None:
 
 def kill_in_seal(checkpoint: int) -> None:
     """SIGKILL when all of a checkpoint is written, but it has not got its name."""
-    import ecl_hf.checkpoints
+    import ecl_hf.runs.checkpoints
 
-    _before(ecl_hf.checkpoints, "discard", checkpoint, _send(signal.SIGKILL))
+    _before(ecl_hf.runs.checkpoints, "discard", checkpoint, _send(signal.SIGKILL))
 
 
 def kill_between_epochs(checkpoint: int) -> None:
     """SIGKILL just after a checkpoint is published."""
-    from ecl_hf.runs import RunFolder
+    from ecl_hf.runs.folder import RunFolder
 
     _before(RunFolder, "publish_checkpoint", checkpoint, _send(signal.SIGKILL), after=True)
 
 
 def kill_in_log(epoch: int) -> None:
     """SIGKILL between the line of an epoch and its checkpoint."""
-    from ecl_hf.runs import RunFolder
+    from ecl_hf.runs.folder import RunFolder
 
     _before(RunFolder, "log", epoch, _send(signal.SIGKILL), after=True)
 
@@ -165,7 +165,7 @@ def small_files(checkpoint: int) -> None:
     """From the first checkpoint on, the system refuses to write files beyond 100 kB: a writer fails half-way."""
     import resource
 
-    from ecl_hf.runs import RunFolder
+    from ecl_hf.runs.folder import RunFolder
 
     def limit(*_: object) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

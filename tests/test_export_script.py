@@ -19,7 +19,7 @@ from transformers import AutoModelForImageClassification, pipeline
 
 from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.publishing.hub import best_expert, model_card
-from ecl_hf.runs import RunFolder
+from ecl_hf.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["red fox", "wolf", "lynx", "otter"]

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ecl_hf.interruption import STOPPED
-from ecl_hf.runs import RunFolder
+from ecl_hf.runs.folder import RunFolder
+from ecl_hf.runs.interruption import STOPPED
 from tests import faults
 from tests.children import context, start, start_connected
 

@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ecl_hf.checkpoints import CHECKSUMS, find_defect, seal
 from ecl_hf.data.config import DataConfig
 from ecl_hf.data.longtailed import load_longtailed
 from ecl_hf.data.pictures import BrokenPictureError, decode
-from ecl_hf.recipe import Recipe
-from ecl_hf.runs import flatten
+from ecl_hf.runs.checkpoints import CHECKSUMS, find_defect, seal
+from ecl_hf.runs.folder import flatten
+from ecl_hf.runs.recipe import Recipe
 
 few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 

@@ -22,7 +22,7 @@ from ecl_hf.data.loaders import evaluation_loader
 from ecl_hf.data.longtailed import load_longtailed
 from ecl_hf.data.views import evaluation_view
 from ecl_hf.losses import transfer_weights
-from ecl_hf.recipe import Recipe
+from ecl_hf.runs.recipe import Recipe
 
 FLAGS = (
     "--data.source digits --data.max_count 20 --data.imbalance_factor 5 --data.horizontal_flip false "

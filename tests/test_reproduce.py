@@ -16,8 +16,8 @@ from train import main as train
 
 from ecl_hf.evidence import tables
 from ecl_hf.methods import METHODS
-from ecl_hf.recipe import Recipe
-from ecl_hf.runs import RunFolder
+from ecl_hf.runs.folder import RunFolder
+from ecl_hf.runs.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 FLAGS = (

@@ -20,7 +20,7 @@ from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.methods import METHODS
 from ecl_hf.methods.settings import LossConfig
 from ecl_hf.publishing.hub import save_timm
-from ecl_hf.runs import describe_model
+from ecl_hf.runs.folder import describe_model
 from tests.children import TINY
 
 COUNTS = [20, 9, 4]

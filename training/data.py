@@ -30,8 +30,8 @@ from ecl_hf.data.pictures import content, defect
 from ecl_hf.data.sources import labels_of, read_source
 from ecl_hf.data.splits import PARTS, Split, check_output, compare_rows, pictures_of, records
 from ecl_hf.evidence.metrics import shot_groups
-from ecl_hf.recipe import Recipe
 from ecl_hf.repository import explain_hub_errors
+from ecl_hf.runs.recipe import Recipe
 
 CARD = Path(__file__).resolve().parents[1] / "hub_cards" / "dataset_card.md"
 

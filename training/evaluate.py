@@ -45,8 +45,8 @@ from ecl_hf.evidence.metrics import class_accuracy, confusion_matrix, reliabilit
 from ecl_hf.heads import create_head
 from ecl_hf.methods import METHODS
 from ecl_hf.methods.ecl import BALANCED, BALANCED_DETACHED, INVERTED, SHUFFLED
-from ecl_hf.recipe import Recipe
-from ecl_hf.runs import RunFolder, describe_environment, describe_model, write_atomically
+from ecl_hf.runs.folder import RunFolder, describe_environment, describe_model, write_atomically
+from ecl_hf.runs.recipe import Recipe
 
 TAUS = tuple(round(-1 + 0.1 * step, 1) for step in range(31))
 MAGNITUDES = tuple(round(-1 + 0.1 * step, 1) for step in range(21))

@@ -21,7 +21,7 @@ from jsonargparse import ArgumentParser, Namespace
 from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.publishing.hub import best_expert, save_onnx, save_timm, write_card
 from ecl_hf.repository import upload_directory
-from ecl_hf.runs import RunFolder
+from ecl_hf.runs.folder import RunFolder
 
 CARDS = Path(__file__).resolve().parents[1] / "hub_cards"
 

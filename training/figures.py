@@ -27,7 +27,7 @@ from jsonargparse import ArgumentParser
 from matplotlib.figure import Figure
 
 from ecl_hf.evidence import plots
-from ecl_hf.runs import RunFolder, write_atomically
+from ecl_hf.runs.folder import RunFolder, write_atomically
 
 EVALUATE = Path(__file__).with_name("evaluate.py")
 TEMPLATE = Path(__file__).with_name("report_template.html")

@@ -18,8 +18,8 @@ from PIL import Image
 from ecl_hf.data.longtailed import load_longtailed
 from ecl_hf.data.pictures import decode
 from ecl_hf.pipeline import ECLImageClassificationPipeline
-from ecl_hf.recipe import Recipe
-from ecl_hf.runs import RunFolder
+from ecl_hf.runs.folder import RunFolder
+from ecl_hf.runs.recipe import Recipe
 
 
 def test_pictures(run: RunFolder, how_many: int) -> list[tuple[str, Image.Image]]:

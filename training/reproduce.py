@@ -26,8 +26,8 @@ from jsonargparse import ArgumentParser, Namespace
 from ecl_hf.data.longtail import exponential_counts
 from ecl_hf.evidence import tables
 from ecl_hf.methods import METHODS
-from ecl_hf.recipe import Recipe
-from ecl_hf.runs import RunFolder, write_atomically
+from ecl_hf.runs.folder import RunFolder, write_atomically
+from ecl_hf.runs.recipe import Recipe
 
 TRAIN = Path(__file__).with_name("train.py")
 RECIPES = Path(__file__).with_name("recipes")

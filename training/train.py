@@ -40,8 +40,6 @@ from ecl_hf.data.streaming import StreamedViews, StreamSampler, stream_loader
 from ecl_hf.data.views import contrastive_view, evaluation_view, supervised_view
 from ecl_hf.evidence.evaluation import Predictions, format_table, predict, summarise
 from ecl_hf.evidence.metrics import shot_groups
-from ecl_hf.interruption import STOPPED, StopRequest, plain_errors
-from ecl_hf.launch import check_launch
 from ecl_hf.learning.batchnorm import load_statistics, save_statistics, synchronise_batchnorm
 from ecl_hf.learning.finite import StepCheck, check_weights
 from ecl_hf.learning.initialise import initialise_model
@@ -49,9 +47,11 @@ from ecl_hf.learning.memory import checkpoint_blocks, checkpoint_experts, counte
 from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.methods import METHODS
 from ecl_hf.publishing.hub import BackgroundUpload, check_upload, write_card
-from ecl_hf.recipe import Recipe
 from ecl_hf.repository import upload_directory
-from ecl_hf.runs import Progress, RunFolder, cosine, describe_environment, describe_model, flatten
+from ecl_hf.runs.folder import Progress, RunFolder, cosine, describe_environment, describe_model, flatten
+from ecl_hf.runs.interruption import STOPPED, StopRequest, plain_errors
+from ecl_hf.runs.launch import check_launch
+from ecl_hf.runs.recipe import Recipe
 
 CARD = Path(__file__).resolve().parents[1] / "hub_cards" / "model_card.md"
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ecl_hf.recipe import Recipe
-from ecl_hf.runs import FREE_TO_CHANGE, flatten
+from ecl_hf.runs.folder import FREE_TO_CHANGE, flatten
+from ecl_hf.runs.recipe import Recipe
 
 SCORES = ("top1", "many", "medium", "few", "ece")
 OWN_SETTINGS = {

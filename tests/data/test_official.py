@@ -12,7 +12,7 @@ import pytest
 from ecl_hf.data.config import DataConfig
 from ecl_hf.data.longtailed import load_longtailed
 from ecl_hf.data.official import BENCHMARKS, load_official
-from ecl_hf.recipe import Recipe
+from ecl_hf.runs.recipe import Recipe
 
 RECIPES = Path(__file__).parents[2] / "training" / "recipes"
 SYNSETS = ["n01440764", "n02012849", "n03126707"]  # tench and two kinds of crane

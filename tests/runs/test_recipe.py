@@ -12,10 +12,10 @@ from ecl_hf.data.longtail import exponential_counts
 from ecl_hf.learning.config import ModelConfig, OptimConfig, TrainConfig
 from ecl_hf.methods import METHODS
 from ecl_hf.methods.settings import LossConfig
-from ecl_hf.recipe import Recipe
-from ecl_hf.runs import flatten
+from ecl_hf.runs.recipe import Recipe
+from ecl_hf.runs.folder import flatten
 
-FILES = sorted((Path(__file__).parents[1] / "training" / "recipes").glob("*.yaml"))
+FILES = sorted((Path(__file__).parents[2] / "training" / "recipes").glob("*.yaml"))
 
 # CIFAR-100-LT (Sec. VI-C); where the paper is silent, the value that changes nothing.
 PAPER = {

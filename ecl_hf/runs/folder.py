@@ -22,11 +22,11 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
-from ecl_hf.checkpoints import discard, find_defect, publish, remove_partial, synchronise
-from ecl_hf.interruption import writing
-from ecl_hf.locks import FolderLock
+from ecl_hf.runs.checkpoints import discard, find_defect, publish, remove_partial, synchronise
+from ecl_hf.runs.interruption import writing
+from ecl_hf.runs.locks import FolderLock
 from ecl_hf.modeling_ecl import ECLForImageClassification
-from ecl_hf.recipe import Recipe
+from ecl_hf.runs.recipe import Recipe
 
 FREE_TO_CHANGE = (
     *("train.max_steps", "train.checkpoint_every", "train.keep_last", "data.path", "data.num_workers"),
@@ -260,7 +260,7 @@ def describe_environment(num_processes: int, device: torch.device) -> dict[str, 
     """Versions and machine of a run; `commit` is None outside a git checkout."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        if not (Path(__file__).parents[1] / "pyproject.toml").exists():
+        if not (Path(__file__).parents[2] / "pyproject.toml").exists():
             raise OSError("installed, perhaps within somebody else's repository")
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -10,12 +10,12 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
-from ecl_hf.interruption import STOPPED
-from ecl_hf.launch import check_launch
+from ecl_hf.runs.interruption import STOPPED
+from ecl_hf.runs.launch import check_launch
 from tests.children import TINY
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILES = ROOT / "training" / "accelerate"
 on_cpus = pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs the processes are connected")
 
