@@ -18,7 +18,7 @@ from ecl_hf.learning.task import CollaborativeTask
 from tests.children import start, start_connected
 
 pytestmark = pytest.mark.slow
-SCRIPT = Path(__file__).parents[1] / "training" / "train.py"
+SCRIPT = Path(__file__).parents[2] / "training" / "train.py"
 FLAGS = [
     "--method=ecl",
     "--data.source=digits",

@@ -21,7 +21,7 @@ from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.publishing.hub import best_expert, model_card
 from ecl_hf.runs.folder import RunFolder
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAMES = ["red fox", "wolf", "lynx", "otter"]
 COUNTS = [300, 60, 12, 2]
 

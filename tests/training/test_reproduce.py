@@ -19,7 +19,7 @@ from ecl_hf.methods import METHODS
 from ecl_hf.runs.folder import RunFolder
 from ecl_hf.runs.recipe import Recipe
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FLAGS = (
     "--data.source digits --data.max_count 20 --data.imbalance_factor 5 --data.horizontal_flip false "
     "--model.architecture resnet20_cifar --model.image_size 8 --batch_size 16 --epochs 1"
