@@ -8,6 +8,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # huggingface_hub and transformers
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +18,29 @@ from tests.hub_clients import connected
 from tests.hub_server import HubServer
 
 torch.set_num_threads(1)
+PUBLISHED_VALUES = Path(__file__).with_name("published_values")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--published_values",
+        type=Path,
+        default=PUBLISHED_VALUES,
+        metavar="DIR",
+        help="folder with values of the methods' published code, see tests/published_values/README.md",
+    )
+
+
+@pytest.fixture
+def published(pytestconfig):
+    """Values of published code: `published("experts/ride")` is a dict of NumPy arrays."""
+    folder = pytestconfig.getoption("published_values")
+
+    def read(name):
+        with np.load(folder / f"{name}.npz") as values:
+            return dict(values)
+
+    return read
 
 
 @pytest.fixture(autouse=True)
