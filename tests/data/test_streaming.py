@@ -286,9 +286,9 @@ import json, sys
 import datasets
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from ecl_hf.data.longtailed import load_longtailed
+from ecl_hf.data.config import DataConfig
 from ecl_hf.data.loaders import ViewDataset, train_loader
-from ecl_hf.runs.recipe import DataConfig
+from ecl_hf.data.longtailed import load_longtailed
 from tests.data.test_streaming import FLAGS, PAUSE, config, loader, number
 import train
 
