@@ -25,6 +25,9 @@ View = Callable[[Image.Image], Tensor]
 
 GREY = (128, 128, 128)
 
+SMALL = 64
+"""Largest side in pixels at which the plain view crops as on CIFAR, and not as on ImageNet."""
+
 
 class Cutout:
     """Blacks out a square whose centre is anywhere in the picture, [3, H, W] (DeVries and Taylor 2017)."""
@@ -172,41 +175,33 @@ def _flip(horizontal_flip: bool) -> list[Callable]:
 
 
 def supervised_view(
-    data_config: dict[str, Any], augmentation: Literal["cifar", "imagenet"] = "cifar", horizontal_flip: bool = True
+    data_config: dict[str, Any],
+    augmentation: Literal["cifar", "imagenet", "plain"] = "cifar",
+    horizontal_flip: bool = True,
 ) -> View:
     """View for classification and contrastive queries.
 
     Args:
         data_config: timm data configuration: `input_size`, `mean`, `std`, `interpolation`.
         augmentation: "cifar": padded crop, CIFAR-10 AutoAugment policy, Cutout before normalising; "imagenet": resized
-            crop, colour jitter 0.4, RandAugment n2 m10 mstd 0.5.
+            crop, colour jitter 0.4, RandAugment n2 m10 mstd 0.5; "plain": what most methods before AutoAugment were
+            published with, padded crop up to 64 pixels, resized crop and colour jitter 0.4 above.
         horizontal_flip: mirror half of the pictures.
     """
     size = data_config["input_size"][-1]
     interpolation = str_to_interp_mode(data_config.get("interpolation", "bilinear"))
-    if augmentation == "imagenet":
-        return RandomView(
-            [
-                T.RandomResizedCrop(size, interpolation=interpolation),
-                *_flip(horizontal_flip),
-                ColorJitter(0.4, 0.4, 0.4),
-                rand_augment_transform("rand-m10-n2-mstd0.5", {"img_mean": GREY, "translate_const": int(0.45 * size)}),
-                to_pixels,
-            ],
-            data_config,
-        )
-    return RandomView(
-        [
-            T.Resize(size, interpolation),
-            CenterCrop(size),
-            RandomCrop(size, padding=size // 8),
-            *_flip(horizontal_flip),
-            AutoAugment(T.AutoAugmentPolicy.CIFAR10, fill=GREY),
-            to_pixels,
-            Cutout(size // 2),
-        ],
-        data_config,
-    )
+    flip = _flip(horizontal_flip)
+    padded_crop = [T.Resize(size, interpolation), CenterCrop(size), RandomCrop(size, padding=size // 8), *flip]
+    resized_crop = [T.RandomResizedCrop(size, interpolation=interpolation), *flip, ColorJitter(0.4, 0.4, 0.4)]
+    if augmentation == "cifar":
+        policy = AutoAugment(T.AutoAugmentPolicy.CIFAR10, fill=GREY)
+        steps = [*padded_crop, policy, to_pixels, Cutout(size // 2)]
+    elif augmentation == "imagenet":
+        options = {"img_mean": GREY, "translate_const": int(0.45 * size)}
+        steps = [*resized_crop, rand_augment_transform("rand-m10-n2-mstd0.5", options), to_pixels]
+    else:
+        steps = [*(padded_crop if size <= SMALL else resized_crop), to_pixels]
+    return RandomView(steps, data_config)
 
 
 def contrastive_view(data_config: dict[str, Any], horizontal_flip: bool = True) -> View:

@@ -52,11 +52,12 @@ def leave_out(monkeypatch, *names):
     [
         supervised_view,
         lambda config: supervised_view(config, "imagenet"),
+        lambda config: supervised_view(config, "plain"),
         lambda config: supervised_view(config, "cifar", False),
         contrastive_view,
         evaluation_view,
     ],
-    ids=["cifar", "imagenet", "unflipped", "contrastive", "evaluation"],
+    ids=["cifar", "imagenet", "plain", "unflipped", "contrastive", "evaluation"],
 )
 @pytest.mark.parametrize("shape", [(8, 8), (32, 32), (60, 41)])
 def test_shapes(size, make, shape):
@@ -341,27 +342,24 @@ def published_views(config, augmentation):
                 *end,
             ]
         )
+    padded = [T.Resize(size, interpolation), T.CenterCrop(size), T.RandomCrop(size, padding=size // 8)]
+    resized = [T.RandomResizedCrop(size, interpolation=interpolation)]
+    flip, jitter = T.RandomHorizontalFlip(), T.ColorJitter(0.4, 0.4, 0.4)
     if augmentation == "cifar":
         policy = T.AutoAugment(T.AutoAugmentPolicy.CIFAR10, fill=views.GREY)
-        crop = [T.Resize(size, interpolation), T.CenterCrop(size), T.RandomCrop(size, padding=size // 8)]
-        return T.Compose([*crop, T.RandomHorizontalFlip(), policy, end[0], Cutout(size // 2), end[1]])
-    return T.Compose(
-        [
-            T.RandomResizedCrop(size, interpolation=interpolation),
-            T.RandomHorizontalFlip(),
-            T.ColorJitter(0.4, 0.4, 0.4),
-            views.rand_augment_transform(
-                "rand-m10-n2-mstd0.5", {"img_mean": views.GREY, "translate_const": int(0.45 * size)}
-            ),
-            *end,
-        ]
-    )
+        return T.Compose([*padded, flip, policy, end[0], Cutout(size // 2), end[1]])
+    if augmentation == "plain":
+        return T.Compose([*padded, flip, *end] if size <= 64 else [*resized, flip, jitter, *end])
+    options = {"img_mean": views.GREY, "translate_const": int(0.45 * size)}
+    return T.Compose([*resized, flip, jitter, views.rand_augment_transform("rand-m10-n2-mstd0.5", options), *end])
 
 
-@pytest.mark.parametrize("augmentation", ["cifar", "imagenet", "contrastive"])
-def test_random_views_are_torchvisions_draw_by_draw(augmentation, monkeypatch):
+@pytest.mark.parametrize(
+    ("augmentation", "size"), [("cifar", 32), ("imagenet", 32), ("contrastive", 32), ("plain", 32), ("plain", 96)]
+)
+def test_random_views_are_torchvisions_draw_by_draw(augmentation, size, monkeypatch):
     """Bit by bit the same, once both shift the hue in the same way."""
-    config = data_config(32)
+    config = data_config(size)
     expected = published_views(config, augmentation)
     monkeypatch.setattr(T.functional, "adjust_hue", views.shift_hue)
     view = contrastive_view(config) if augmentation == "contrastive" else supervised_view(config, augmentation)
