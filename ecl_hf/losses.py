@@ -78,13 +78,23 @@ def transfer_weights(ref_logits: Tensor, cls_logits: Tensor, labels: Tensor) -> 
     return (_standardised_entropy(cls, labels) / _standardised_entropy(ref, labels)).clamp(*WEIGHT_RANGE)
 
 
-def _pairwise_kl(scores: Tensor, temperature: float, detach_teacher: bool) -> Tensor:
-    """`KL(softmax(s_k / T) || softmax(s_q / T))` of all ordered pairs; [K, B, N] -> [K (teacher), K (student), B]."""
-    log_p = (scores / temperature).log_softmax(-1)
-    teacher = log_p.detach() if detach_teacher else log_p
-    p = teacher.exp()
-    entropy = (p * teacher).sum(-1)
-    return entropy[:, None] - torch.einsum("kbn,qbn->kqb", p, log_p)
+def pairwise_kl(teachers: Tensor, students: Tensor, temperature: float = 1.0) -> Tensor:
+    """`KL(softmax(t / T) || softmax(s / T))` of every teacher and every student, image by image.
+
+    Gradient reaches both; detach the teachers where it must not. There is no factor `T^2`.
+
+    Args:
+        teachers: scores, [J, B, N].
+        students: scores, [K, B, N].
+        temperature: T of both softmaxes.
+
+    Returns:
+        [J, K, B].
+    """
+    teachers, students = full_precision(teachers, students)
+    log_p, log_q = ((scores / temperature).log_softmax(-1) for scores in (teachers, students))
+    p = log_p.exp()
+    return (p * log_p).sum(-1)[:, None] - torch.einsum("jbn,kbn->jkb", p, log_q)
 
 
 def _mean_over_pairs(kl: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -112,8 +122,8 @@ def logit_distillation(
     Returns:
         Mean over samples and ordered pairs, []; 0 when K is 1.
     """
-    (cls_logits,) = full_precision(cls_logits)
-    return temperature**2 * _mean_over_pairs(_pairwise_kl(cls_logits, temperature, detach_teacher), weights)
+    teachers = cls_logits.detach() if detach_teacher else cls_logits
+    return temperature**2 * _mean_over_pairs(pairwise_kl(teachers, cls_logits, temperature), weights)
 
 
 def feature_distillation(features: Tensor, temperature: float = 1.0, detach_teacher: bool = False) -> Tensor:
@@ -132,6 +142,21 @@ def feature_distillation(features: Tensor, temperature: float = 1.0, detach_teac
     return logit_distillation(features, None, temperature, detach_teacher)
 
 
+def key_similarities(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
+    """Scalar products of each query with its own key and with all keys of the queue; keys carry no gradient.
+
+    Args:
+        query: [B, P].
+        key: [B, P].
+        queue: [Q, P].
+
+    Returns:
+        [B, 1 + Q]; the first column belongs to the own keys.
+    """
+    query, key, queue = full_precision(query, key.detach(), queue.detach())
+    return torch.cat([(query * key).sum(-1, keepdim=True), query @ queue.T], dim=-1)
+
+
 def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """Contrastive loss of one expert (Eq. 9): the positive is the image's own key, the negatives are the queue.
 
@@ -144,10 +169,8 @@ def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> T
     Returns:
         Mean over the batch, [].
     """
-    query, key, queue = full_precision(query, key.detach(), queue.detach())
-    positive = (query * key).sum(-1, keepdim=True)
-    similarity = torch.cat([positive, query @ queue.T], dim=-1) / temperature
-    return F.cross_entropy(similarity, torch.zeros(len(query), dtype=torch.long, device=query.device))
+    similarities = key_similarities(query, key, queue) / temperature
+    return F.cross_entropy(similarities, torch.zeros(len(query), dtype=torch.long, device=query.device))
 
 
 def hard_categories(logits: Tensor, labels: Tensor, num_hard: int) -> Tensor:

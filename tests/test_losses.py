@@ -1,5 +1,6 @@
 """Every loss against the scalar loops of `reference`, and what must hold whatever the numbers are."""
 
+import itertools
 import math
 
 import pytest
@@ -182,6 +183,16 @@ def test_feature_distillation(num_experts, num_classes, temperature):
     features = draw(num_experts, NUM_IMAGES, num_classes)
     expected = reference.feature_distillation(features.tolist(), temperature)
     agrees(losses.feature_distillation(features, temperature), expected)
+
+
+@temperatures
+def test_pairwise_kl_of_other_teachers_than_students(temperature):
+    teachers, students = draw(2, NUM_IMAGES, 10), draw(3, NUM_IMAGES, 10)
+    found = losses.pairwise_kl(teachers, students, temperature)
+    assert found.shape == (2, 3, NUM_IMAGES)
+    for j, k in itertools.product(range(2), range(3)):
+        log_q, p = (students[k] / temperature).log_softmax(-1), (teachers[j] / temperature).softmax(-1)
+        assert_close(found[j, k], F.kl_div(log_q, p, reduction="none").sum(-1))
 
 
 @pytest.mark.parametrize("distil", [losses.logit_distillation, losses.feature_distillation])
