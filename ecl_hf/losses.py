@@ -4,6 +4,8 @@ Stacked inputs have the expert first: K experts, B images, C classes, D feature 
 slots. Half-precision inputs are computed in float32; a caller under autocast switches it off around these functions.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,6 +34,50 @@ def balanced_cross_entropy(logits: Tensor, labels: Tensor, log_prior_shift: Tens
     """
     logits, shift = full_precision(logits, log_prior_shift)
     return F.cross_entropy(logits + tau * shift, labels)
+
+
+def log_class_prior(class_counts: Tensor) -> Tensor:
+    """`log(n_c / N)`, [C] -> [C]; a class without images counts as one image."""
+    (counts,) = full_precision(class_counts)
+    return counts.clamp_min(1).log().log_softmax(0)
+
+
+def prior_shifts(class_counts: Tensor, strengths: Sequence[float] | Tensor) -> Tensor:
+    """Shifts of the experts' logits by `strength_k * log(n_c / N)`; [C], [K] -> [K, C].
+
+    A constant added to a row changes no softmax, so `log n_c^strength` is the same shift.
+    """
+    log_prior = log_class_prior(class_counts)
+    return torch.as_tensor(strengths, dtype=log_prior.dtype, device=log_prior.device)[:, None] * log_prior
+
+
+def shifted_cross_entropy(logits: Tensor, labels: Tensor, shifts: Tensor) -> Tensor:
+    """Cross-entropy of `z_k + b_k` of each expert on each image.
+
+    Args:
+        logits: raw logits z, [K, B, C].
+        labels: class indices, [B].
+        shifts: b, [K, C].
+
+    Returns:
+        [K, B].
+    """
+    logits, shifts = full_precision(logits, shifts)
+    log_p = (logits + shifts[:, None]).log_softmax(-1)
+    return -log_p.gather(-1, labels.expand(logits.shape[:-1])[..., None])[..., 0]
+
+
+def carried_log_prior(class_counts: Tensor, shifts: Tensor) -> Tensor:
+    """Log prior that the mean of the experts' raw logits carries after training with these shifts: `log pi - mean b_k`.
+
+    Args:
+        class_counts: training images of each class, [C].
+        shifts: what was added to the experts' logits in their cross-entropies, [K, C].
+
+    Returns:
+        Log probabilities, [C]; uniform iff the mean shift is the log prior, up to a constant.
+    """
+    return (log_class_prior(class_counts) - full_precision(shifts)[0].mean(0)).log_softmax(0)
 
 
 def posthoc_adjust(logits: Tensor, log_prior_shift: Tensor, tau: float = 1.0) -> Tensor:
@@ -78,7 +124,7 @@ def transfer_weights(ref_logits: Tensor, cls_logits: Tensor, labels: Tensor) -> 
     return (_standardised_entropy(cls, labels) / _standardised_entropy(ref, labels)).clamp(*WEIGHT_RANGE)
 
 
-def pairwise_kl(teachers: Tensor, students: Tensor, temperature: float = 1.0) -> Tensor:
+def pairwise_kl(teachers: Tensor, students: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """`KL(softmax(t / T) || softmax(s / T))` of every teacher and every student, image by image.
 
     Gradient reaches both; detach the teachers where it must not. There is no factor `T^2`.
@@ -86,7 +132,7 @@ def pairwise_kl(teachers: Tensor, students: Tensor, temperature: float = 1.0) ->
     Args:
         teachers: scores, [J, B, N].
         students: scores, [K, B, N].
-        temperature: T of both softmaxes.
+        temperature: T of both softmaxes; one for each entry when [N].
 
     Returns:
         [J, K, B].

@@ -162,6 +162,37 @@ def test_transfer_weights_carry_no_gradient():
     assert not losses.transfer_weights(ref, cls, labels_of(10)).requires_grad
 
 
+# Shifts of the experts' logits
+
+
+@classes
+def test_shifted_cross_entropy_by_loop(num_classes):
+    logits, strengths = draw(3, NUM_IMAGES, num_classes), [-0.5, 0.0, 2.0]
+    counts = torch.tensor(COUNTS[num_classes], dtype=torch.double)
+    expected = [
+        [
+            reference.balanced_cross_entropy([row], [y], COUNTS[num_classes], tau)
+            for row, y in zip(rows, LABELS[num_classes], strict=True)
+        ]
+        for rows, tau in zip(logits.tolist(), strengths, strict=True)
+    ]
+    shifts = losses.prior_shifts(counts, strengths)
+    agrees(losses.shifted_cross_entropy(logits, labels_of(num_classes), shifts), expected)
+
+
+@pytest.mark.parametrize(("strengths", "exponent"), [([0, 1, 2], 0.0), ([1], 0.0), ([0, 0], 1.0), ([0, 1, 3], -1 / 3)])
+def test_mean_logits_carry_what_the_shifts_leave_of_the_prior(strengths, exponent):
+    counts = torch.tensor(COUNTS[10], dtype=torch.double)
+    weights = [n**exponent for n in COUNTS[10]]
+    expected = [math.log(w / sum(weights)) for w in weights]
+    agrees(losses.carried_log_prior(counts, losses.prior_shifts(counts, strengths)), expected)
+
+
+def test_a_class_without_images_counts_as_one_image_in_priors():
+    empty, single = torch.tensor([9.0, 4.0, 0.0]), torch.tensor([9.0, 4.0, 1.0])
+    assert_close(losses.log_class_prior(empty), losses.log_class_prior(single), rtol=0, atol=0)
+
+
 # Eq. 7 and 8
 
 
@@ -193,6 +224,18 @@ def test_pairwise_kl_of_other_teachers_than_students(temperature):
     for j, k in itertools.product(range(2), range(3)):
         log_q, p = (students[k] / temperature).log_softmax(-1), (teachers[j] / temperature).softmax(-1)
         assert_close(found[j, k], F.kl_div(log_q, p, reduction="none").sum(-1))
+
+
+def test_pairwise_kl_with_a_temperature_for_each_class():
+    teachers, students, temperatures = draw(2, NUM_IMAGES, 3), draw(1, NUM_IMAGES, 3), [0.5, 1.5, 4.0]
+    cooled = [
+        [[[z / t for z, t in zip(row, temperatures, strict=True)] for row in rows] for rows in scores.tolist()]
+        for scores in (teachers, students)
+    ]
+    expected = [
+        [[reference.divergence(p, q) for p, q in zip(teacher, cooled[1][0], strict=True)]] for teacher in cooled[0]
+    ]
+    agrees(losses.pairwise_kl(teachers, students, torch.tensor(temperatures, dtype=torch.double)), expected)
 
 
 @pytest.mark.parametrize("distil", [losses.logit_distillation, losses.feature_distillation])
