@@ -66,6 +66,86 @@ class ECLCosineHead(nn.Linear):
         return self.scale * cosine + self.bias
 
 
+def normalise_chunks(features: Tensor, chunks: int = 1) -> Tensor:
+    """Features cut into equal parts, each divided by its L2 norm (a part without a norm stays zero).
+
+    Args:
+        features: [..., D].
+        chunks: parts H; a divisor of D.
+
+    Returns:
+        [..., D]; the norm of each row is the root of H.
+    """
+    return F.normalize(features.unflatten(-1, (chunks, -1)), dim=-1).flatten(-2)
+
+
+class ECLNormalisedHead(nn.Linear):
+    """Linear classifier on normalised features, `w_c . u(v - m) + b_c`; [B, D] -> [B, C].
+
+    u is `normalise_chunks`. The published form of causal norm (H chunks) and of the nearest class mean (the centre m).
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, chunks: int = 1) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.chunks = chunks
+        self.register_buffer("centre", torch.zeros(in_features))
+
+    def reset_parameters(self) -> None:
+        """As a linear classifier; nothing is taken off the features."""
+        super().reset_parameters()
+        if "centre" in self._buffers:  # nn.Linear calls this before there is one
+            nn.init.zeros_(self.centre)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, D] -> [B, C]."""
+        return super().forward(normalise_chunks(features - self.centre, self.chunks))
+
+
+def align_logits(logits: Tensor, confidence: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
+    """Calibrated logits of DisAlign (Zhang et al., CVPR 2021) as its classification code has them.
+
+    `(1 + g s_c) z_c + g b_c`; the paper's `g (a_c z_c + b_c) + (1 - g) z_c` is the same with `s = a - 1`.
+
+    Args:
+        logits: z, [B, C].
+        confidence: g, in 0..1 for each image, [B, 1].
+        scales: s, [C].
+        offsets: b, [C].
+
+    Returns:
+        [B, C].
+    """
+    return (1 + confidence * scales) * logits + confidence * offsets
+
+
+class ECLDisAlignHead(nn.Linear):
+    """Linear classifier with adaptive calibration (`align_logits`), `g = sigmoid(u . v + u_0)`; [B, D] -> [B, C].
+
+    How much an image's logits are moved depends on the image, so that no linear classifier computes the same.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.logit_scale = nn.Parameter(torch.ones(out_features))
+        self.logit_bias = nn.Parameter(torch.zeros(out_features))
+        self.confidence = nn.Linear(in_features, 1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As a linear classifier; the calibration starts as published: s 1, b 0 and every entry of u 0.1."""
+        super().reset_parameters()
+        if "confidence" in self._modules:  # nn.Linear calls this before there is one
+            nn.init.ones_(self.logit_scale)
+            nn.init.zeros_(self.logit_bias)
+            self.confidence.reset_parameters()
+            nn.init.constant_(self.confidence.weight, 0.1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, D] -> [B, C]."""
+        confidence = self.confidence(features).sigmoid()
+        return align_logits(super().forward(features), confidence, self.logit_scale, self.logit_bias)
+
+
 def create_head(config: ECLConfig, in_features: int) -> nn.Linear:
     """A freshly initialised classifier of the configured kind."""
     if config.classifier == "cosine":
