@@ -270,3 +270,55 @@ def nested_distillation(cls_logits: Tensor, log_class_counts: Tensor, hard: Tens
     (cls_logits,) = full_precision(cls_logits)
     adjusted = cls_logits + log_class_counts
     return len(cls_logits) * (logit_distillation(adjusted) + logit_distillation(adjusted * hard))
+
+
+# Contrastive losses of several methods
+
+
+def contrast(scores: Tensor, positives: Tensor, multiplicity: Tensor | None = None) -> Tensor:
+    """Weighted log-probabilities of the positives among all candidates of an anchor.
+
+    `-sum_a p_ia (s_ia - ln sum_b m_ib exp(s_ib))`: InfoNCE, supervised contrastive losses and their balanced forms
+    differ in the candidates, in the weights of the positives, and in how often a candidate counts as a competitor.
+
+    Args:
+        scores: similarities by temperature, [B, M].
+        positives: weights of the log-probabilities, [B, M]; 0 where a candidate is no positive.
+        multiplicity: how often a candidate counts in the sum, not negative, [B, M] or [M]; 0 leaves it out; once each
+            when None. Carries no gradient.
+
+    Returns:
+        [B].
+    """
+    (scores,) = full_precision(scores)
+    competing = scores if multiplicity is None else scores + multiplicity.to(scores.dtype).log()
+    return -(positives * (scores - competing.logsumexp(-1, keepdim=True))).sum(-1)
+
+
+def same_class(labels: Tensor, others: Tensor) -> Tensor:
+    """Whether two pictures are of one class; [B], [M] -> [B, M], boolean."""
+    return labels[:, None] == others
+
+
+def share_evenly(positives: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights of an anchor's positives that add up to 1, or are all 0 where there is none; boolean [B, M] -> [B, M]."""
+    return positives.to(dtype) / positives.sum(-1, keepdim=True).clamp_min(1)
+
+
+def supervised_contrast(features: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Supervised contrastive loss with the mean over positives outside the logarithm (Khosla et al. 2020, Eq. 2).
+
+    Args:
+        features: L2-normalised projections of V views, [V, B, P]; each is an anchor, and a candidate for the others.
+        labels: class indices, [B].
+        temperature: of the similarities.
+
+    Returns:
+        Mean over an image's V anchors, [B].
+    """
+    (anchors,) = full_precision(features.flatten(0, 1))
+    labels = labels.repeat(len(features))
+    others = ~torch.eye(len(anchors), dtype=torch.bool, device=anchors.device)
+    positives = share_evenly(same_class(labels, labels) & others, anchors.dtype)
+    losses = contrast(anchors @ anchors.T / temperature, positives, others)
+    return losses.view(features.shape[:2]).mean(0)

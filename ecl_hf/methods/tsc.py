@@ -1,0 +1,153 @@
+"""TSC: targeted supervised contrastive learning (Li, Cao et al., CVPR 2022), on top of KCL (`kcl.py`).
+
+Class targets are spread evenly over the sphere before training. In the second half of the first stage each class's
+features are drawn to a target; the targets are handed out anew at each step, to the classes whose features are near.
+
+Read: LTH14/targeted-supcon@c4f15eb moco/builder.py, main_moco_supcon_imba.py, main_lincls_imba.py,
+target_generation.py, cifar_dirty/*, supp_release.pdf. Code and paper differ: the code divides the target's weight, too,
+by the number of positives, so that its 0.2 is 0.025 at 6 picked keys. The paper's form is the default, the code's a
+setting.
+
+Departures: targets that fit a regular simplex are computed and not searched for; all data sets are trained with a
+queue, where the CIFAR code contrasts batches of 1024; the frozen encoder's BatchNorm is in evaluation mode.
+
+Published top-1: CIFAR-10-LT at imbalance 10/50/100 88.7/82.9/79.7, CIFAR-100-LT 59.0/47.4/43.8 (1000 epochs, then 200
+of LDAM-DRW); ImageNet-LT 52.4 (KCL 51.5), iNaturalist 2018 69.7 (ResNet-50, 400 epochs, then 40 of the classifier).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ecl_hf.losses import contrast, full_precision, share_evenly
+from ecl_hf.methods.kcl import candidates_of_pictures
+
+TARGET_TEMPERATURE = 0.07
+TARGET_STEPS = 10_000
+CENTROID_MOMENTUM = 0.9
+
+
+def spread(targets: Tensor, temperature: float = TARGET_TEMPERATURE) -> Tensor:
+    """How near the targets are to each other: `mean_i ln sum_j exp(t_i.t_j / T)`, itself included.
+
+    Args:
+        targets: any rows, which are L2-normalised here, [C, P].
+        temperature: of the similarities.
+
+    Returns:
+        [].
+    """
+    targets = F.normalize(*full_precision(targets), dim=-1)
+    return (targets @ targets.T / temperature).logsumexp(-1).mean()
+
+
+def simplex(num_classes: int, dim: int) -> Tensor:
+    """Rows of unit length whose cosines are all -1 / (C - 1), the least possible; needs C <= P + 1.
+
+    Args:
+        num_classes: C, at least 2.
+        dim: P.
+
+    Returns:
+        [C, P], float32.
+    """
+    centred = torch.eye(num_classes, dtype=torch.float64) - 1 / num_classes
+    directions = torch.linalg.eigh(centred).eigenvectors[:, 1:]  # the first has the eigenvalue 0
+    return F.pad(F.normalize(directions, dim=-1), (0, dim - num_classes + 1)).float()
+
+
+def spread_targets(num_classes: int, dim: int, seed: int = 0, steps: int = TARGET_STEPS) -> Tensor:
+    """One target for each class, as far from each other as can be: a simplex, or the best of a search by Adam.
+
+    Args:
+        num_classes: C.
+        dim: P.
+        seed: of the search, which starts from normal rows.
+        steps: of the search.
+
+    Returns:
+        L2-normalised rows, [C, P], float32.
+    """
+    if 2 <= num_classes <= dim + 1:
+        return simplex(num_classes, dim)
+    rows = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    optimizer = torch.optim.Adam([rows], lr=1e-3)
+    least, best = torch.inf, rows.detach().clone()
+    with torch.enable_grad():
+        for _ in range(steps):
+            value = spread(rows)
+            if value.item() < least:
+                least, best = value.item(), rows.detach().clone()
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+    return F.normalize(best, dim=-1)
+
+
+def move_centroids(centroids: Tensor, sums: Tensor, momentum: float = CENTROID_MOMENTUM) -> Tensor:
+    """Moving averages of the directions of the classes: `u(0.9 c + 0.1 u(mean))`; absent classes stay.
+
+    Args:
+        centroids: L2-normalised, [C, P].
+        sums: summed queries of each class's pictures in the batch (of all processes), [C, P]; 0 for an absent class.
+        momentum: share that stays.
+
+    Returns:
+        [C, P].
+    """
+    moved = F.normalize(momentum * centroids + (1 - momentum) * F.normalize(sums, dim=-1), dim=-1)
+    return torch.where(sums.any(-1, keepdim=True), moved, centroids)
+
+
+def assign(centroids: Tensor, targets: Tensor) -> Tensor:
+    """The target of each class such that the similarities of classes and targets have the greatest sum.
+
+    Args:
+        centroids: [C, P].
+        targets: [C, P].
+
+    Returns:
+        Permutation of 0..C-1, [C].
+    """
+    from scipy.optimize import linear_sum_assignment  # slow to import, and of use to this method alone
+
+    similarity = (centroids @ targets.T).cpu().numpy()
+    return torch.as_tensor(linear_sum_assignment(similarity, maximize=True)[1], device=centroids.device)
+
+
+def targeted_contrast(
+    queries: Tensor,
+    keys: Tensor,
+    queue: Tensor,
+    picked: Tensor,
+    targets: Tensor,
+    own_target: Tensor,
+    temperature: float,
+    target_weight: float,
+    as_in_code: bool = False,
+) -> Tensor:
+    """KCL with the targets among the candidates, and the own class's target as a further positive.
+
+    Args:
+        queries: L2-normalised projections of the first view, [B, P].
+        keys: L2-normalised keys of the second view, [B, P]; carry no gradient.
+        queue: keys of earlier batches, [Q, P].
+        picked: positives in the queue, boolean, [B, Q].
+        targets: L2-normalised, [C, P].
+        own_target: row of the target of each picture's class, [B].
+        temperature: of the similarities.
+        target_weight: of the target's log-probability, beside the mean over the other positives.
+        as_in_code: divide by the number of all positives, the target too, as the published code does.
+
+    Returns:
+        [B].
+    """
+    queries, keys, queue, targets = full_precision(queries, keys.detach(), queue, targets)
+    scores = torch.cat([candidates_of_pictures(queries, keys, queue), queries @ targets.T], dim=1) / temperature
+    pictures = torch.cat([torch.ones_like(picked[:, :1]), picked], dim=1)
+    target = target_weight * F.one_hot(own_target, len(targets)).to(scores.dtype)
+    if as_in_code:
+        weights = torch.cat([pictures, target], dim=1) / (pictures.sum(1, keepdim=True) + 1)
+    else:
+        weights = torch.cat([share_evenly(pictures, scores.dtype), target], dim=1)
+    return contrast(scores, weights)
