@@ -1,0 +1,74 @@
+"""M2m's translation against its published code, and its draws in closed form."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ecl_hf.methods.m2m import is_convincing, replacement_probabilities, seed_probabilities, starting_noise, translate
+
+
+@pytest.fixture
+def values(published):
+    return {key: torch.from_numpy(value) for key, value in published("features_and_teachers/m2m").items()}
+
+
+def linear(weight, values):
+    return lambda x: ((x - values["mean"]) / values["std"]).flatten(1) @ weight.T
+
+
+@pytest.mark.parametrize("iterations", [1, 10])
+def test_published_translation(values, iterations):
+    teacher, student = linear(values["W_g"], values), linear(values["W_f"], values)
+    classes = values["target_labels"], values["seed_labels"]
+    made = translate(
+        values["images"], *classes, teacher, student, values["lam"].item(), values["step_size"].item(), iterations
+    )
+    assert_close(made, values[f"after_{iterations}"], rtol=1e-7, atol=1e-9)
+    assert not made.requires_grad
+
+
+def test_published_acceptance(values):
+    logits = linear(values["W_g"], values)(values["after_10"])
+    accepted = is_convincing(logits, values["target_labels"], values["gamma"].item())
+    assert accepted.tolist() == values["accepted"].bool().tolist()
+    assert not is_convincing(logits, values["target_labels"], 1.01).any()
+
+
+def test_published_probabilities(values):
+    counts, labels, chosen = values["counts"], values["batch_labels"], values["generate_index"]
+    assert_close(replacement_probabilities(counts, labels), values["replace_probability"], rtol=1e-7, atol=1e-9)
+    seeds = seed_probabilities(counts, labels, labels[chosen], values["beta"].item())
+    assert_close(seeds, values["accept_probability"], rtol=1e-6, atol=1e-9)
+
+
+def test_order_of_the_classes_changes_no_probability():
+    counts, labels = torch.tensor([50.0, 5000.0, 100.0, 500.0]), torch.tensor([0, 1, 2, 3, 1])
+    assert replacement_probabilities(counts, labels).tolist() == pytest.approx([0.99, 0, 0.98, 0.9, 0])
+    order = torch.tensor([2, 0, 3, 1])
+    again = seed_probabilities(counts[order], order.argsort()[labels], order.argsort()[labels[:3]], 0.999)
+    assert_close(again, seed_probabilities(counts, labels, labels[:3], 0.999))
+
+
+@pytest.mark.parametrize(("beta", "expected"), [(1.0, [0, 0, 0, 0]), (0.0, [0, 1, 1, 1])])
+def test_ends_of_beta(beta, expected):
+    counts = torch.tensor([50.0, 5000.0, 100.0, 500.0])
+    assert seed_probabilities(counts, torch.arange(4), torch.tensor([0]), beta).tolist() == [expected]
+
+
+def test_first_step_of_linear_networks_is_known(values):
+    """Where nothing is clipped, a picture moves by exactly the step, against the gradient of both parts."""
+    pictures, step, weight = torch.full((2, 3, 4, 4), 0.5).double(), 0.05, 0.5
+    targets, seeds = torch.tensor([3, 2]), torch.tensor([0, 1])
+    teacher, student = linear(values["W_g"], values), linear(values["W_f"], values)
+    made = translate(pictures, targets, seeds, teacher, student, weight, step, 1)
+    for i in range(2):
+        error = teacher(pictures[i : i + 1]).softmax(1)[0]
+        error[targets[i]] -= 1
+        gradient = values["W_g"].T @ error + weight * values["W_f"][seeds[i]]
+        assert_close((made - pictures)[i].flatten(), -step * gradient / gradient.norm())
+
+
+def test_noise_has_its_norm_for_each_picture():
+    noise = starting_noise(torch.zeros(5, 3, 8, 8), 0.5)
+    assert_close(noise.flatten(1).norm(dim=1), torch.full((5,), 0.5))
+    assert noise.std() > 0
