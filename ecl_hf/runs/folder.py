@@ -22,10 +22,10 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
+from ecl_hf.modeling_ecl import ECLForImageClassification
 from ecl_hf.runs.checkpoints import discard, find_defect, publish, remove_partial, synchronise
 from ecl_hf.runs.interruption import writing
 from ecl_hf.runs.locks import FolderLock
-from ecl_hf.modeling_ecl import ECLForImageClassification
 from ecl_hf.runs.recipe import Recipe
 
 FREE_TO_CHANGE = (

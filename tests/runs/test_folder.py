@@ -15,8 +15,8 @@ from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.data.config import DataConfig
 from ecl_hf.learning.config import ModelConfig, OptimConfig, TrainConfig
 from ecl_hf.methods.settings import LossConfig
-from ecl_hf.runs.recipe import Recipe
 from ecl_hf.runs.folder import Progress, RunFolder, describe_environment, describe_model, flatten, write_atomically
+from ecl_hf.runs.recipe import Recipe
 
 
 def begun(path, recipe=None):

@@ -12,8 +12,8 @@ from ecl_hf.data.longtail import exponential_counts
 from ecl_hf.learning.config import ModelConfig, OptimConfig, TrainConfig
 from ecl_hf.methods import METHODS
 from ecl_hf.methods.settings import LossConfig
-from ecl_hf.runs.recipe import Recipe
 from ecl_hf.runs.folder import flatten
+from ecl_hf.runs.recipe import Recipe
 
 FILES = sorted((Path(__file__).parents[2] / "training" / "recipes").glob("*.yaml"))
 
