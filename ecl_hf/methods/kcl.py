@@ -13,7 +13,7 @@ Published top-1 (TSC's paper): ImageNet-LT 51.5 (ResNet-50, 400 epochs, then 40 
 import torch
 from torch import Tensor
 
-from ecl_hf.losses import contrast, full_precision, same_class, share_evenly
+from ecl_hf.losses import contrast, key_similarities, same_class, share_evenly
 
 
 def draw_positives(labels: Tensor, queue_labels: Tensor, most: int) -> Tensor:
@@ -35,11 +35,6 @@ def draw_positives(labels: Tensor, queue_labels: Tensor, most: int) -> Tensor:
     return drawn & candidates
 
 
-def candidates_of_pictures(queries: Tensor, keys: Tensor, queue: Tensor) -> Tensor:
-    """Similarities of each query to its own key, and to the queue; [B, P], [B, P], [Q, P] -> [B, 1 + Q]."""
-    return torch.cat([(queries * keys).sum(1, keepdim=True), queries @ queue.T], dim=1)
-
-
 def k_positive_contrast(queries: Tensor, keys: Tensor, queue: Tensor, picked: Tensor, temperature: float) -> Tensor:
     """Mean log-probability of a picture's own key and of the keys that were picked for it, of all keys.
 
@@ -55,7 +50,6 @@ def k_positive_contrast(queries: Tensor, keys: Tensor, queue: Tensor, picked: Te
     Returns:
         [B].
     """
-    queries, keys, queue = full_precision(queries, keys.detach(), queue)
-    scores = candidates_of_pictures(queries, keys, queue) / temperature
+    scores = key_similarities(queries, keys, queue) / temperature
     positives = torch.cat([torch.ones_like(picked[:, :1]), picked], dim=1)
     return contrast(scores, share_evenly(positives, scores.dtype))

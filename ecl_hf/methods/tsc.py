@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ecl_hf.losses import contrast, full_precision, share_evenly
-from ecl_hf.methods.kcl import candidates_of_pictures
+from ecl_hf.losses import contrast, full_precision, key_similarities, share_evenly
 
 TARGET_TEMPERATURE = 0.07
 TARGET_STEPS = 10_000
@@ -142,8 +141,8 @@ def targeted_contrast(
     Returns:
         [B].
     """
-    queries, keys, queue, targets = full_precision(queries, keys.detach(), queue, targets)
-    scores = torch.cat([candidates_of_pictures(queries, keys, queue), queries @ targets.T], dim=1) / temperature
+    queries, targets = full_precision(queries, targets)
+    scores = torch.cat([key_similarities(queries, keys, queue), queries @ targets.T], dim=1) / temperature
     pictures = torch.cat([torch.ones_like(picked[:, :1]), picked], dim=1)
     target = target_weight * F.one_hot(own_target, len(targets)).to(scores.dtype)
     if as_in_code:
