@@ -1,9 +1,10 @@
-"""The equations of the paper as pure functions, and the losses of NCL, which ECL extends.
+"""The equations of the paper as pure functions, the losses of NCL, which ECL extends, and what other methods share.
 
 Stacked inputs have the expert first: K experts, B images, C classes, D feature channels, P projection channels, Q queue
 slots. Half-precision inputs are computed in float32; a caller under autocast switches it off around these functions.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -62,9 +63,7 @@ def shifted_cross_entropy(logits: Tensor, labels: Tensor, shifts: Tensor) -> Ten
     Returns:
         [K, B].
     """
-    logits, shifts = full_precision(logits, shifts)
-    log_p = (logits + shifts[:, None]).log_softmax(-1)
-    return -log_p.gather(-1, labels.expand(logits.shape[:-1])[..., None])[..., 0]
+    return cross_entropies(logits, labels, shifts[:, None])
 
 
 def carried_log_prior(class_counts: Tensor, shifts: Tensor) -> Tensor:
@@ -270,6 +269,79 @@ def nested_distillation(cls_logits: Tensor, log_class_counts: Tensor, hard: Tens
     (cls_logits,) = full_precision(cls_logits)
     adjusted = cls_logits + log_class_counts
     return len(cls_logits) * (logit_distillation(adjusted) + logit_distillation(adjusted * hard))
+
+
+# Supervision that several methods share
+
+
+def cross_entropies(logits: Tensor, labels: Tensor, shift: Tensor | None = None) -> Tensor:
+    """Cross-entropy of `z + shift` of each image.
+
+    Args:
+        logits: [..., B, C].
+        labels: class indices, [B].
+        shift: added to the logits, [C] or any shape that fits them; nothing when None.
+
+    Returns:
+        [..., B].
+    """
+    (logits,) = full_precision(logits)
+    log_p = (logits if shift is None else logits + shift).log_softmax(-1)
+    return -log_p.gather(-1, labels.expand(logits.shape[:-1])[..., None])[..., 0]
+
+
+def weighted_mean(losses: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean of the images' losses, divided by the sum of their weights; [B], [B] -> [].
+
+    With `weights = w[labels]` it is the mean of `F.cross_entropy(weight=w)`.
+    """
+    return losses.mean() if weights is None else (weights * losses).sum() / weights.sum()
+
+
+def effective_number_weights(class_counts: Tensor, beta: float) -> Tensor:
+    """Class weights by the effective number of images, `(1 - beta) / (1 - beta^n_c)` (Cui et al., CVPR 2019).
+
+    Args:
+        class_counts: training images of each class, at least 1, [C].
+        beta: in [0, 1); 0 weights all classes alike, towards 1 the weights approach 1/n_c.
+
+    Returns:
+        [C], with sum C.
+    """
+    (counts,) = full_precision(torch.as_tensor(class_counts))
+    weights = -1 / torch.expm1(counts * (math.log(beta) if beta else -math.inf))
+    return len(counts) * weights / weights.sum()
+
+
+def focal_losses(losses: Tensor, gamma: float, detach_modulator: bool = False) -> Tensor:
+    """Cross-entropies `l` times the focal modulator, `(1 - exp(-l))^gamma l` (Lin et al., ICCV 2017).
+
+    Args:
+        losses: cross-entropies, [...].
+        gamma: focusing exponent, not negative; 0 leaves the losses as they are.
+        detach_modulator: stop the gradient at the modulator.
+
+    Returns:
+        [...].
+    """
+    # The floor keeps the slope of the power finite where the prediction is certain
+    modulator = (-torch.expm1(-losses)).clamp_min(torch.finfo(losses.dtype).tiny) ** gamma
+    return (modulator.detach() if detach_modulator else modulator) * losses
+
+
+def margin_logits(cosines: Tensor, labels: Tensor, margins: Tensor, scale: float) -> Tensor:
+    """Scaled cosines, with the label's own lowered by its margin: `s (cos_ij - [j = y_i] m_y)`.
+
+    Args:
+        cosines: [B, C].
+        labels: class indices, [B].
+        margins: of each class, [C].
+        scale: of the logits.
+
+    Returns:
+        [B, C].
+    """
+    return scale * (cosines - F.one_hot(labels, cosines.shape[-1]) * margins)
 
 
 # Contrastive losses of several methods
