@@ -10,6 +10,9 @@ from torch.nn import functional as F
 
 from .configuration_ecl import ECLConfig
 
+REACH = 10.0
+"""Distance to the nearest centroid at which a picture's feature keeps its length in OLTR's head."""
+
 
 def log_prior_shift(
     class_counts: Sequence[int] | Tensor, target_prior: Sequence[float] | Tensor | None = None
@@ -144,6 +147,40 @@ class ECLDisAlignHead(nn.Linear):
         """[B, D] -> [B, C]."""
         confidence = self.confidence(features).sigmoid()
         return align_logits(super().forward(features), confidence, self.logit_scale, self.logit_bias)
+
+
+class ECLMemoryHead(nn.Module):
+    """Classifier with a memory of class centroids, of OLTR (Liu et al., CVPR 2019); [B, D] -> [B, C].
+
+    `scale * squash(x) . u(w_c)` of `x = r (v + e * o V)`: what the memory V says of the picture, by the class
+    probabilities o, is added in the channels that e selects; the reach r is large near one of the centroids. `u`
+    normalises, and `squash(x) = x / (1 + |x|)`. r and the squash are one positive factor for all classes: they make far
+    pictures unsure.
+    """
+
+    def __init__(self, in_features: int, out_features: int, scale: float = 16.0) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.scale = in_features, out_features, scale
+        self.memory = nn.Parameter(torch.empty(out_features, in_features))
+        self.probabilities = nn.Linear(in_features, out_features)
+        self.selector = nn.Linear(in_features, in_features)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform weights; centroids at random places on the unit sphere."""
+        self.probabilities.reset_parameters()
+        self.selector.reset_parameters()
+        nn.init.uniform_(self.weight, -(self.in_features**-0.5), self.in_features**-0.5)
+        nn.init.normal_(self.memory, std=self.in_features**-0.5)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, D] -> [B, C]."""
+        memory = self.memory.detach()  # moved by the loss of the centroids alone
+        remembered = self.probabilities(features).softmax(-1) @ memory
+        nearest = torch.cdist(features, memory).amin(1, keepdim=True)
+        x = REACH / nearest.clamp_min(1e-6) * (features + self.selector(features).tanh() * remembered)
+        return self.scale * F.linear(x / (1 + x.norm(dim=-1, keepdim=True)), F.normalize(self.weight, dim=-1))
 
 
 def create_head(config: ECLConfig, in_features: int) -> nn.Linear:

@@ -142,6 +142,20 @@ def pairwise_kl(teachers: Tensor, students: Tensor, temperature: float | Tensor 
     return (p * log_p).sum(-1)[:, None] - torch.einsum("jbn,kbn->jkb", p, log_q)
 
 
+def soft_label_losses(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Distillation from a frozen teacher, `T^2 KL(softmax(t / T) || softmax(s / T))`.
+
+    Args:
+        student: raw logits s, [B, C].
+        teacher: raw logits t, [B, C]; carries no gradient.
+        temperature: T.
+
+    Returns:
+        [B].
+    """
+    return temperature**2 * pairwise_kl(teacher.detach()[None], student[None], temperature)[0, 0]
+
+
 def _mean_over_pairs(kl: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean of [K, K, B] over samples and ordered pairs, weighted by the student's [K, B]; 0 for a single expert."""
     k, _, b = kl.shape

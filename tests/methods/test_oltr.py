@@ -1,0 +1,77 @@
+"""Open long-tailed recognition: published values of its loss and its head, and their extremes."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from ecl_hf import losses
+from ecl_hf.heads import ECLMemoryHead
+from ecl_hf.methods.oltr import centroid_loss
+from tests.methods.comparing import agrees, tensors
+
+
+@pytest.fixture
+def values(published):
+    return tensors(published("features_and_teachers/oltr"))
+
+
+def head_of(values):
+    centroids = values["centroids"]
+    head = ECLMemoryHead(centroids.shape[1], centroids.shape[0]).double()
+    state = {f"probabilities.{key}": values[f"hallucinator_{key}"] for key in ("weight", "bias")}
+    state |= {f"selector.{key}": values[f"selector_{key}"] for key in ("weight", "bias")}
+    head.load_state_dict(state | {"memory": centroids, "weight": values["cosine_weight"]})
+    return head
+
+
+def test_published_centroid_loss(values):
+    cases = [key.removesuffix("_loss") for key in values if key.startswith("dcl_") and key.endswith("_loss")]
+    assert cases
+    for case in cases:
+        centroids = values["centroids"] * values[f"{case}_centroid_scale"]
+        weight = values[f"{case}_criterion_weight"].item()
+        leaves = [x.clone().requires_grad_() for x in (values["features"], centroids)]
+        loss = centroid_loss(leaves[0], values["labels"], leaves[1], weight)
+        assert_close(loss, values[f"{case}_loss"], rtol=1e-9, atol=0)
+        for name, gradient in zip(("features", "centroids"), torch.autograd.grad(loss, leaves), strict=True):
+            assert_close(gradient, values[f"{case}_grad_{name}"], rtol=1e-9, atol=1e-12)
+
+
+def test_published_head(values):
+    head = head_of(values)
+    assert_close(head(values["features"]), values["meta_logits"])
+
+    def loss(features):
+        return losses.cross_entropies(head(features), values["labels"]).mean()
+
+    expected = loss(values["features"]).detach()
+    agrees(loss, values["features"], expected, values["meta_ce_grad_features"])
+    assert head.memory.grad is None
+
+
+def test_far_centroids_do_not_repel():
+    features, centroids = torch.randn(6, 4).double(), torch.randn(5, 4).double() + 100
+    labels = torch.tensor([0, 0, 1, 3, 1, 0])
+    expected = (features - centroids[labels]).square().sum(-1).mean() / 2
+    assert_close(centroid_loss(features, labels, centroids, 1.0), expected)
+
+
+def test_near_centroids_repel_up_to_the_margin():
+    features, centroids = torch.zeros(6, 4).double(), torch.zeros(5, 4).double()
+    assert_close(centroid_loss(features, torch.tensor([0] * 6), centroids, 1.0).item(), 0.01 * 10)
+
+
+def test_the_answer_is_that_of_the_enriched_feature(values):
+    """Reach and squash only make it more or less sure."""
+    head = head_of(values)
+    features = torch.randn(40, head.in_features, dtype=torch.double)
+    remembered = head.probabilities(features).softmax(-1) @ head.memory
+    x = features + head.selector(features).tanh() * remembered
+    expected = (x @ F.normalize(head.weight, dim=-1).T).argmax(-1)
+    assert torch.equal(head(features).argmax(-1), expected)
+
+
+def test_a_feature_on_its_centroid_has_finite_logits():
+    head = ECLMemoryHead(4, 3)
+    assert head(head.memory).isfinite().all()

@@ -1,0 +1,76 @@
+"""Residual branches: published values, the extremes of their weight, and the single classifier that they become."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from ecl_hf import losses
+from ecl_hf.methods.reslt import branch_losses, folded_classifier, nested_classes
+from tests.methods.comparing import agrees, tensors
+
+
+@pytest.fixture
+def values(published):
+    return tensors(published("experts/reslt"))
+
+
+def total_loss(logits, labels, classes, beta):
+    own = losses.weighted_mean(branch_losses(logits, labels, classes), classes.sum(0)[labels])
+    return beta * own + (1 - beta) * losses.cross_entropies(logits.sum(0), labels).mean()
+
+
+def test_published_values(values):
+    betas = [key.removesuffix("_loss") for key in values if key.endswith("_loss")]
+    assert betas
+    num_classes = len(values["class_counts"])
+    sizes = [num_classes - int(values[key]) for key in ("from_medium", "from_tail")]
+    classes = nested_classes(values["class_counts"], *sizes)
+    for beta in betas:
+
+        def loss(logits, beta=beta):
+            return total_loss(logits, values["labels"], classes, float(beta.removeprefix("beta")))
+
+        agrees(loss, values["logits"], values[f"{beta}_loss"], values[f"{beta}_grad"])
+
+
+def test_classes_of_the_branches_in_any_order():
+    counts = torch.tensor([5, 90, 5, 30, 400, 2])
+    classes = nested_classes(counts, 4, 2)
+    assert classes.tolist() == [
+        [True] * 6,
+        [True, False, True, True, False, True],
+        [False, False, True, False, False, True],  # of two classes with 5 pictures the second counts as the rarer
+    ]
+
+
+def test_branches_that_learn_from_all_classes_are_three_classifiers():
+    logits, labels = torch.randn(3, 8, 5, dtype=torch.double), torch.tensor([0, 1, 2, 3, 4, 4, 0, 2])
+    classes = nested_classes(torch.tensor([9, 7, 5, 3, 1]), 5, 5)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.repeat(3))
+    assert_close(branch_losses(logits, labels, classes).mean(), expected, rtol=1e-5, atol=0)  # but for the 1e-7
+
+
+def test_a_hopeless_prediction_has_a_finite_loss():
+    logits = torch.tensor([[[300.0, 0.0]]]).half().expand(3, 1, 2)
+    loss = branch_losses(logits, torch.tensor([1]), torch.ones(3, 2).bool())
+    assert loss.dtype == torch.float32
+    assert_close(loss, torch.tensor([-math.log(1e-7)]))
+
+
+def test_folded_classifier_is_the_sum_of_the_branches():
+    norms = [nn.BatchNorm2d(4).double().eval() for _ in range(3)]
+    for norm in norms:
+        for tensor in (norm.weight, norm.bias, norm.running_mean):
+            nn.init.normal_(tensor)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+    maps = torch.randn(6, 4, 3, 3, dtype=torch.double)
+    classifier = nn.Linear(4, 5).double()
+    expected = sum(classifier(norm(maps).mean((-2, -1))) for norm in norms)
+    scales = torch.stack([norm.weight / (norm.running_var + norm.eps).sqrt() for norm in norms])
+    offsets = torch.stack([norm.bias - norm.running_mean * g for norm, g in zip(norms, scales, strict=True)])
+    weight, bias = folded_classifier(classifier.weight, classifier.bias, scales, offsets)
+    assert_close(F.linear(maps.mean((-2, -1)), weight, bias), expected)
