@@ -156,13 +156,16 @@ def soft_label_losses(student: Tensor, teacher: Tensor, temperature: float) -> T
     return temperature**2 * pairwise_kl(teacher.detach()[None], student[None], temperature)[0, 0]
 
 
+def sum_over_pairs(kl: Tensor) -> Tensor:
+    """Sum over the ordered pairs of different experts, image by image; [K, K, B] -> [B]."""
+    others = ~torch.eye(len(kl), dtype=torch.bool, device=kl.device)
+    return (kl * others[..., None]).sum((0, 1))
+
+
 def _mean_over_pairs(kl: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean of [K, K, B] over samples and ordered pairs, weighted by the student's [K, B]; 0 for a single expert."""
-    k, _, b = kl.shape
-    if weights is not None:
-        kl = kl * weights
-    others = ~torch.eye(k, dtype=torch.bool, device=kl.device)
-    return (kl * others[..., None]).sum() / (b * max(1, k * (k - 1)))
+    k = len(kl)
+    return sum_over_pairs(kl if weights is None else kl * weights).mean() / max(1, k * (k - 1))
 
 
 def logit_distillation(
