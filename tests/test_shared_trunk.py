@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from train import main
 
 from ecl_hf import ECLConfig, ECLForImageClassification
-from ecl_hf.backbones import CifarResNet, create_encoder, cut_encoder, stage_names
+from ecl_hf.backbones import CifarResNet, block_names, create_encoder, cut_encoder, stage_names
 from ecl_hf.learning.config import ModelConfig
 from ecl_hf.learning.initialise import initialise_model
 from ecl_hf.learning.memory import checkpoint_blocks, checkpoint_experts, counted_once
@@ -24,6 +24,7 @@ from ecl_hf.runs.folder import describe_model
 from tests.children import TINY
 
 COUNTS = [20, 9, 4]
+SWIN = {"img_size": 56, "embed_dim": 16, "depths": [2, 1], "num_heads": [1, 2], "drop_path_rate": 0.0}
 
 
 def ensemble(share_stages=2, **settings):
@@ -61,6 +62,28 @@ def test_two_parts_are_the_whole_encoder(architecture, stages):
     assert f"{stage_names(whole)[stages - 1]}." in " ".join(first.state_dict())
     assert f"{stage_names(whole)[stages]}." in " ".join(rest.state_dict())
     image = torch.randn(2, *whole.pretrained_cfg["input_size"])
+    with torch.no_grad():
+        torch.testing.assert_close(rest(first.forward_features(image)), whole(image))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_args", "blocks"),
+    [
+        ("resnet20_cifar", {}, 2),
+        ("test_resnet", {"layers": (1, 1, 3, 1)}, 2),
+        ("test_convnext", {"depths": (1, 1, 2, 1)}, 1),
+        ("swin_tiny_patch4_window7_224", SWIN | {"depths": [1, 1, 3], "num_heads": [1, 2, 4]}, 1),
+    ],
+)
+def test_two_parts_within_a_stage_are_the_whole_encoder(architecture, model_args, blocks):
+    whole = create_encoder(architecture, **model_args).eval()
+    first, rest = (cut_encoder(copy.deepcopy(whole), 2, keep, blocks) for keep in ("first", "rest"))
+    assert not first.state_dict().keys() & rest.state_dict().keys()
+    assert first.state_dict().keys() | rest.state_dict().keys() == whole.state_dict().keys()
+    names = block_names(whole, stage_names(whole)[2])
+    for part, own in ((first, names[:blocks]), (rest, names[blocks:])):
+        assert [name for name in names if [*part.get_submodule(name).parameters()]] == own
+    image = torch.randn(2, 3, *[model_args.get("img_size", 32)] * 2)
     with torch.no_grad():
         torch.testing.assert_close(rest(first.forward_features(image)), whole(image))
 
@@ -137,9 +160,6 @@ def test_one_file_per_expert_and_one_of_what_they_share(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
     with pytest.raises(ValueError, match="names no weights of trunk"):
         ECLForImageClassification.from_pretrained(tmp_path, experts=[1])
-
-
-SWIN = {"img_size": 56, "embed_dim": 16, "depths": [2, 1], "num_heads": [1, 2], "drop_path_rate": 0.0}
 
 
 @pytest.mark.parametrize(
