@@ -54,19 +54,20 @@ class ECLHead(nn.Linear):
 class ECLCosineHead(nn.Linear):
     """Cosine classifier, `scale * cos(v, w_c) + b_c`; [B, D] -> [B, C]."""
 
-    def __init__(self, in_features: int, out_features: int, scale: float) -> None:
-        super().__init__(in_features, out_features)
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, scale: float) -> None:
+        super().__init__(in_features, out_features, bias)
         self.scale = scale
 
     def reset_parameters(self) -> None:
         """Uniform weights and a zero bias."""
         super().reset_parameters()
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, D] -> [B, C]."""
         cosine = F.linear(F.normalize(features, dim=-1), F.normalize(self.weight, dim=-1))
-        return self.scale * cosine + self.bias
+        return self.scale * cosine if self.bias is None else self.scale * cosine + self.bias
 
 
 def normalise_chunks(features: Tensor, chunks: int = 1) -> Tensor:
@@ -88,7 +89,9 @@ class ECLNormalisedHead(nn.Linear):
     u is `normalise_chunks`. The published form of causal norm (H chunks) and of the nearest class mean (the centre m).
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, chunks: int = 1) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, chunks: int = 1) -> None:
+        if in_features % chunks:
+            raise ValueError(f"classifier_chunks: {in_features} features can't be cut into {chunks} equal parts")
         super().__init__(in_features, out_features, bias)
         self.chunks = chunks
         self.register_buffer("centre", torch.zeros(in_features))
@@ -127,25 +130,27 @@ class ECLDisAlignHead(nn.Linear):
     How much an image's logits are moved depends on the image, so that no linear classifier computes the same.
     """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features)
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
         self.logit_scale = nn.Parameter(torch.ones(out_features))
         self.logit_bias = nn.Parameter(torch.zeros(out_features))
-        self.confidence = nn.Linear(in_features, 1)
+        self.confidence_weight = nn.Parameter(torch.empty(in_features))
+        self.confidence_bias = nn.Parameter(torch.empty(1))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """As a linear classifier; the calibration starts as published: s 1, b 0 and every entry of u 0.1."""
         super().reset_parameters()
-        if "confidence" in self._modules:  # nn.Linear calls this before there is one
+        if "confidence_bias" in self._parameters:  # nn.Linear calls this before there is one
             nn.init.ones_(self.logit_scale)
             nn.init.zeros_(self.logit_bias)
-            self.confidence.reset_parameters()
-            nn.init.constant_(self.confidence.weight, 0.1)
+            nn.init.constant_(self.confidence_weight, 0.1)
+            nn.init.uniform_(self.confidence_bias, -(self.in_features**-0.5), self.in_features**-0.5)
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, D] -> [B, C]."""
-        confidence = self.confidence(features).sigmoid()
+        # No matrix product: with one column, its rounding depends on where in memory a loaded model's weights lie.
+        confidence = ((features * self.confidence_weight).sum(-1, keepdim=True) + self.confidence_bias).sigmoid()
         return align_logits(super().forward(features), confidence, self.logit_scale, self.logit_bias)
 
 
@@ -183,8 +188,21 @@ class ECLMemoryHead(nn.Module):
         return self.scale * F.linear(x / (1 + x.norm(dim=-1, keepdim=True)), F.normalize(self.weight, dim=-1))
 
 
+HEADS = (ECLHead, ECLCosineHead, ECLNormalisedHead, ECLDisAlignHead)
+
+
 def create_head(config: ECLConfig, in_features: int) -> nn.Linear:
-    """A freshly initialised classifier of the configured kind."""
-    if config.classifier == "cosine":
-        return ECLCosineHead(in_features, config.num_labels, config.classifier_scale)
-    return ECLHead(in_features, config.num_labels)
+    """A freshly initialised classifier of the configured kind.
+
+    Raises:
+        ValueError: the features can't be cut into `classifier_chunks` equal parts.
+    """
+    shape = (in_features, config.num_labels, config.classifier_bias)
+    match config.classifier:
+        case "cosine":
+            return ECLCosineHead(*shape, scale=config.classifier_scale)
+        case "normalised":
+            return ECLNormalisedHead(*shape, chunks=config.classifier_chunks)
+        case "disalign":
+            return ECLDisAlignHead(*shape)
+    return ECLHead(*shape)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ecl_hf.configuration_ecl import ECLConfig
 from ecl_hf.evidence.metrics import shot_groups
-from ecl_hf.heads import ECLCosineHead
+from ecl_hf.heads import ECLHead
 from ecl_hf.modeling_ecl import ECLForImageClassification
 from ecl_hf.repository import explain_hub_errors, upload_directory
 
@@ -185,18 +185,19 @@ def save_timm(model: ECLForImageClassification, expert: int, directory: Path) ->
         directory: where to; it gets `config.json` and `model.safetensors`.
 
     Raises:
-        ValueError: the classifier has no counterpart in timm: a cosine classifier, or a timm model with two heads.
+        ValueError: the classifier has no counterpart in timm: it is not linear, or the timm model has two heads.
     """
     chosen, config = model.experts[expert], model.config
-    if isinstance(chosen.head, ECLCosineHead):
-        raise ValueError("timm's models have linear classifiers: an expert with a cosine classifier can't be one")
+    if type(chosen.head) is not ECLHead:
+        raise ValueError(
+            f"timm's models have linear classifiers: an expert with a {config.classifier} classifier can't be one"
+        )
     plain = timm.create_model(config.architecture, num_classes=config.num_labels, **(config.model_args or {}))
     classifier = plain.pretrained_cfg["classifier"]
     if not isinstance(classifier, str) or type(plain.get_submodule(classifier)) is not nn.Linear:
         raise ValueError(f"{config.architecture} does not end in one linear classifier: no place for the expert's head")
-    state = chosen.backbone.state_dict() | {
-        f"{classifier}.{name}": tensor for name, tensor in chosen.head.state_dict().items()
-    }
+    head = {"bias": torch.zeros(config.num_labels)} | chosen.head.state_dict()  # timm's always has a bias
+    state = chosen.backbone.state_dict() | {f"{classifier}.{name}": tensor for name, tensor in head.items()}
     if model.trunk is not None:
         state |= model.trunk.backbone.state_dict()
     plain.load_state_dict(state, strict=True)

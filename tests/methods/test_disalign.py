@@ -9,12 +9,7 @@ from torch.testing import assert_close
 from ecl_hf.heads import ECLDisAlignHead, ECLHead
 from ecl_hf.methods import disalign
 
-NAMES = {
-    "logit_scale": "logit_scale",
-    "logit_bias": "logit_bias",
-    "confidence_weight": "confidence.weight",
-    "confidence_bias": "confidence.bias",
-}
+TRAINED = ("logit_scale", "logit_bias", "confidence_weight", "confidence_bias")
 
 
 def read(published):
@@ -23,9 +18,8 @@ def read(published):
 
 def make_head(values):
     head = ECLDisAlignHead(*reversed(values["weight"].shape)).double()
-    for key, name in (NAMES | {"weight": "weight", "bias": "bias"}).items():
-        parameter = head.get_parameter(name)
-        parameter.data.copy_(values[key].view_as(parameter))
+    for name, parameter in head.named_parameters():
+        parameter.data.copy_(values[name].view_as(parameter))
     return head
 
 
@@ -46,8 +40,8 @@ def test_as_published(published):
         loss.backward()
         assert_close(logits.detach(), values["logits"], rtol=1e-9, atol=1e-12)
         assert_close(loss.detach(), values[f"loss_rho{rho}"], rtol=1e-9, atol=0)
-        for key, name in NAMES.items():
-            expected = values[f"grad_{key}_rho{rho}"]
+        for name in TRAINED:
+            expected = values[f"grad_{name}_rho{rho}"]
             assert_close(head.get_parameter(name).grad.view_as(expected), expected, rtol=1e-8, atol=1e-12)
 
 
@@ -55,9 +49,10 @@ def test_starts_as_published(published):
     values = read(published)
     torch.manual_seed(1)
     head = ECLDisAlignHead(*reversed(values["weight"].shape)).double()
-    for key in ("logit_scale", "logit_bias", "confidence_weight"):
-        parameter = head.get_parameter(NAMES[key])
-        assert_close(parameter.data, values[f"init_{key}"].view_as(parameter))
+    for name in TRAINED[:3]:
+        parameter = head.get_parameter(name)
+        assert_close(parameter.data, values[f"init_{name}"].view_as(parameter))
+    assert 0 < head.confidence_bias.abs() < head.in_features**-0.5  # torch's default
 
 
 def test_without_a_calibration_it_is_the_classifier():
@@ -70,8 +65,8 @@ def test_without_a_calibration_it_is_the_classifier():
 
 def test_with_one_confidence_for_all_images_it_folds():
     head, features = ECLDisAlignHead(4, 3).double(), torch.randn(6, 4).double()
-    torch.nn.init.zeros_(head.confidence.weight)
-    torch.nn.init.zeros_(head.confidence.bias)
+    torch.nn.init.zeros_(head.confidence_weight)
+    torch.nn.init.zeros_(head.confidence_bias)
     head.logit_scale.data.copy_(torch.randn(3))
     head.logit_bias.data.copy_(torch.randn(3))
     rows = head.weight * (1 + head.logit_scale / 2)[:, None]
@@ -82,7 +77,8 @@ def test_the_papers_form_is_the_same():
     head, features = ECLDisAlignHead(4, 3).double(), torch.randn(6, 4).double()
     head.logit_bias.data.copy_(torch.randn(3))
     head.logit_scale.data.copy_(torch.randn(3))
-    z, g = F.linear(features, head.weight, head.bias), head.confidence(features).sigmoid()
+    z = F.linear(features, head.weight, head.bias)
+    g = (features @ head.confidence_weight + head.confidence_bias).sigmoid()[:, None]
     a = head.logit_scale + 1
     assert_close(head(features), g * (a * z + head.logit_bias) + (1 - g) * z)
 
