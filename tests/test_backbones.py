@@ -17,10 +17,10 @@ def conv3x3_and_norm(fan_in, fan_out):
     return 9 * fan_in * fan_out + 2 * fan_out
 
 
-def encoder_parameters(depth):
+def encoder_parameters(depth, widths=(16, 32, 64)):
     """He et al. 2016, Sec. 4.2: a stem, then three stages of (depth - 2) / 6 blocks of two convolutions each."""
-    total, width = conv3x3_and_norm(3, 16), 16
-    for stage_width in (16, 32, 64):
+    total, width = conv3x3_and_norm(3, widths[0]), widths[0]
+    for stage_width in widths:
         for _ in range((depth - 2) // 6):
             total += conv3x3_and_norm(width, stage_width) + conv3x3_and_norm(stage_width, stage_width)
             width = stage_width
@@ -40,6 +40,22 @@ def test_parameter_counts(depth):
 
 def test_resnet32_is_the_small_one():
     assert count(create_encoder("resnet32_cifar")) == 463_504
+
+
+@pytest.mark.parametrize("widths", [(16, 24, 48), (8, 8, 10)])
+def test_other_widths(widths):
+    encoder = create_encoder("resnet20_cifar", widths=widths)
+    assert count(encoder) == encoder_parameters(20, widths)
+    assert encoder.head_hidden_size == encoder.num_features == widths[-1]
+    assert encoder.eval()(torch.randn(2, 3, 16, 16)).shape == (2, widths[-1])
+    encoder.reset_classifier(7)
+    assert encoder(torch.randn(2, 3, 16, 16)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("widths", [(16, 8, 32), (16, 25, 48), (16, 32)])
+def test_widths_that_the_shortcuts_cannot_take_are_refused(widths):
+    with pytest.raises(ValueError, match="timm can't build resnet20_cifar"):
+        create_encoder("resnet20_cifar", widths=widths)
 
 
 @pytest.mark.parametrize(("in_width", "width", "stride"), [(16, 16, 1), (16, 32, 2), (32, 64, 2), (4, 8, 1)])
