@@ -10,7 +10,7 @@ from ecl_hf.configuration_ecl import ECLConfig
 from ecl_hf.heads import log_prior_shift
 from ecl_hf.modeling_ecl import ECLForImageClassification
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["ECLConfig", "ECLForImageClassification", "log_prior_shift"]
 
 AutoConfig.register(ECLConfig.model_type, ECLConfig, exist_ok=True)
@@ -18,7 +18,7 @@ AutoModelForImageClassification.register(ECLConfig, ECLForImageClassification, e
 ECLConfig.register_for_auto_class()
 ECLForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 
-_SUBMODULES = frozenset(module.name for module in pkgutil.iter_modules(__path__))
+_SUBMODULES = frozenset(module.name for module in pkgutil.iter_modules(__path__)) | {"training"}
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+import ecl_hf
 from tests.hub_clients import connected
 from tests.hub_server import HubServer
 
+ROOT = Path(__file__).parents[1]
+ecl_hf.__path__.append(str(ROOT))  # ecl_hf.training and ecl_hf.hub_cards: this checkout's, wherever an editable one is
 torch.set_num_threads(1)
 PUBLISHED_VALUES = Path(__file__).with_name("published_values")
 

@@ -1,6 +1,6 @@
 """Make a long-tailed split that can be cited, compare one with its source, publish one on the Hub.
 
-    python training/data.py build --recipe training/recipes/cifar100_lt.yaml --output splits/c100
+    python training/data.py build --recipe cifar100_lt --output splits/c100
     python training/data.py build --data.path DIR --data.profile as_is --data.test_fraction 0.2 --pictures --output own
     python training/data.py verify splits/c100 --data.path DIR
     python training/data.py push own --repo_id me/own --license cc-by-4.0
@@ -14,6 +14,7 @@ positions in the source, and with --pictures the pictures as parquet files. Trai
 import json
 import sys
 from collections.abc import Sequence
+from importlib.resources import files
 from itertools import repeat
 from pathlib import Path
 
@@ -32,8 +33,9 @@ from ecl_hf.data.splits import PARTS, Split, check_output, compare_rows, picture
 from ecl_hf.evidence.metrics import shot_groups
 from ecl_hf.repository import explain_hub_errors
 from ecl_hf.runs.recipe import Recipe
+from ecl_hf.runs.recipe_files import RecipeFile
 
-CARD = Path(__file__).resolve().parents[1] / "hub_cards" / "dataset_card.md"
+CARD = Path(str(files("ecl_hf.hub_cards") / "dataset_card.md"))
 
 
 def parse(argv: Sequence[str] | None) -> tuple[Namespace, DataConfig | None]:
@@ -43,7 +45,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Namespace, DataConfig | None]:
     commands = parser.add_subcommands(required=True)
 
     build = ArgumentParser(description="Choose pictures by the data section of a recipe, and write the split.")
-    build.add_argument("--recipe", action="config", help="YAML file; flags after it override it")
+    build.add_argument("--recipe", action=RecipeFile, help="Recipe: file or name; flags after it override it")
     Recipe.add_arguments(build)
     build.add_argument("--output", type=Path, required=True, help="Directory to write; it must not exist, or be empty")
     build.add_argument("--pictures", action="store_true", help="Copy the pictures too, as parquet files")

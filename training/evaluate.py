@@ -2,7 +2,7 @@
 
     python training/evaluate.py --run runs/c100 --landscape_images 1000
     python training/evaluate.py --model runs/c100/model --recipe runs/c100/recipe.yaml --output test.json
-    accelerate launch training/evaluate.py --model me/ecl --recipe training/recipes/cifar100_lt.yaml --data.path DIR
+    accelerate launch training/evaluate.py --model me/ecl --recipe cifar100_lt --data.path DIR
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -- training/evaluate.py --run runs/c100    # mind the --
 
 Scores and small tables go to a JSON file, larger arrays to an .npz file beside it; `figures.py` draws from both. Into a
@@ -47,6 +47,7 @@ from ecl_hf.methods import METHODS
 from ecl_hf.methods.ecl import BALANCED, BALANCED_DETACHED, INVERTED, SHUFFLED
 from ecl_hf.runs.folder import RunFolder, describe_environment, describe_model, write_atomically
 from ecl_hf.runs.recipe import Recipe
+from ecl_hf.runs.recipe_files import find_recipe
 
 TAUS = tuple(round(-1 + 0.1 * step, 1) for step in range(31))
 MAGNITUDES = tuple(round(-1 + 0.1 * step, 1) for step in range(21))
@@ -62,7 +63,9 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser = ArgumentParser(prog="evaluate.py", description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path | None, help="Run folder: tests its model, writes evaluation.json into it")
     parser.add_argument("--model", type=str | None, help="Directory or Hub repository of the model")
-    parser.add_argument("--recipe", type=Path | None, help="YAML file whose data section names the test split")
+    parser.add_argument(
+        "--recipe", type=str | None, help="Recipe whose data section names the test split: file or name"
+    )
     parser.add_argument("--data.path", type=str | None, help="Local directory instead of the recipe's source")
     parser.add_argument("--batch_size", type=int, default=256, help="Images of one forward in each process")
     parser.add_argument("--output", type=Path | None, help="JSON file to write; arrays go to the .npz beside it")
@@ -222,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     accelerator = Accelerator()
     try:
         old = read_output(args.output) if args.output else {}
-        config = Recipe.from_file(args.recipe).data
+        config = Recipe.from_file(find_recipe(args.recipe)).data
         config.path = args.data.path or config.path
         with accelerator.main_process_first():
             data = load_longtailed(config)

@@ -10,6 +10,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ecl_hf.publishing.hub import best_expert, save_onnx, save_timm, write_card
 from ecl_hf.repository import upload_directory
 from ecl_hf.runs.folder import RunFolder
 
-CARDS = Path(__file__).resolve().parents[1] / "hub_cards"
+CARDS = Path(str(files("ecl_hf.hub_cards")))
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:

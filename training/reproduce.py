@@ -28,9 +28,9 @@ from ecl_hf.evidence import tables
 from ecl_hf.methods import METHODS
 from ecl_hf.runs.folder import RunFolder, write_atomically
 from ecl_hf.runs.recipe import Recipe
+from ecl_hf.runs.recipe_files import find_recipe
 
 TRAIN = Path(__file__).with_name("train.py")
-RECIPES = Path(__file__).with_name("recipes")
 PUBLISHED = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
 
 SCALES = {"small": ("cifar10_lt_small",), "medium": ("cifar100_lt_16px",), "paper": ("cifar100_lt", "cifar10_lt")}
@@ -265,7 +265,9 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     for name, note in NOTES.items():
         target = ArgumentParser(description=note or "This project's comparison of methods and of Eq. 10's reductions.")
         target.add_argument("--scale", choices=list(SCALES), default="paper", help="Which recipes")
-        target.add_argument("--recipes", type=Path, nargs="+", default=[], help="YAML files in place of the scale's")
+        target.add_argument(
+            "--recipes", type=str, nargs="+", default=[], help="Recipes in place of the scale's: files or names"
+        )
         target.add_argument(
             "--seeds", type=int, nargs="+", default=[], help="Default: 0-4 for CIFAR of the paper, else 0-2"
         )
@@ -290,7 +292,10 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     recipes = PAPER_RECIPES[args.target] if args.scale == "paper" else SCALES[args.scale]
     if args.target == "table2" and args.scale != "paper" and not args.recipes:
         parser.error("table2 has the paper's scale alone")
-    args.recipes = args.recipes or [RECIPES / f"{name}.yaml" for name in recipes]
+    try:
+        args.recipes = [find_recipe(name) for name in args.recipes or recipes]
+    except FileNotFoundError as error:
+        parser.error(str(error))
     index, _, count = args.shard.partition("/")
     if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
         parser.error(f"shard must be i/n with 1 <= i <= n, got {args.shard}")

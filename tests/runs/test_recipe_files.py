@@ -1,0 +1,45 @@
+"""Recipes by name: from any folder, and with the flags after them."""
+
+import shutil
+
+import pytest
+from jsonargparse import ArgumentParser
+
+from ecl_hf.runs.recipe import Recipe
+from ecl_hf.runs.recipe_files import RecipeFile, find_recipe, recipe_folder
+
+
+def parse(*flags):
+    parser = ArgumentParser()
+    parser.add_argument("--recipe", action=RecipeFile)
+    Recipe.add_arguments(parser)
+    return Recipe.from_arguments(parser, parser.parse_args(flags))
+
+
+def test_a_name_stands_for_the_file_in_any_folder(tmp_path, monkeypatch):
+    by_path = parse(f"--recipe={recipe_folder() / 'quickstart.yaml'}", "--epochs=3")
+    monkeypatch.chdir(tmp_path)
+    by_name = parse("--recipe", "quickstart", "--epochs", "3")
+    assert by_name == by_path
+    assert (by_name.data.source, by_name.epochs) == ("digits", 3)
+
+
+def test_a_file_comes_before_a_name(tmp_path, monkeypatch):
+    shutil.copyfile(recipe_folder() / "cifar10_lt.yaml", tmp_path / "quickstart")
+    monkeypatch.chdir(tmp_path)
+    assert parse("--recipe=quickstart").data.source == "uoft-cs/cifar10"
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones(capsys):
+    with pytest.raises(FileNotFoundError, match=r"recipe nope is neither a file nor one of .*cifar100_lt.*quickstart"):
+        find_recipe("nope")
+    with pytest.raises(SystemExit, match="2"):
+        parse("--recipe=nope")
+    assert "recipe nope is neither a file nor one of" in capsys.readouterr().err
+
+
+def test_a_mistake_in_a_recipe_names_its_key(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("epoch: 3\n")
+    with pytest.raises(SystemExit, match="2"):
+        parse(f"--recipe={tmp_path / 'mine.yaml'}")
+    assert "epoch" in capsys.readouterr().err
