@@ -10,22 +10,35 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import datasets
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from ecl_hf.data.pictures import DECODED_LIMIT, BrokenPictureError, KeptPictures, decode, decoded_size
+from ecl_hf.data.samplers import Draw, Sampler, instance
 from ecl_hf.data.views import RandomView, View
 
 SAMPLE = 64
 """Pictures that tell how much memory the whole set would take."""
 
 OnError = Literal["raise", "replace", "mark"]
+
+
+class Pick(NamedTuple):
+    """A picture of an epoch: its row, how often the row came before in the epoch, and the same of its partner.
+
+    A picture that comes again is augmented anew.
+    """
+
+    row: int
+    again: int = 0
+    partner: int | None = None
+    partner_again: int = 0
 
 
 class ViewDataset(torch.utils.data.Dataset):
@@ -35,7 +48,8 @@ class ViewDataset(torch.utils.data.Dataset):
         dataset: columns `image` and `label`.
         views: output name -> view; all views of a picture are drawn one after the other.
         seed: of the random augmentation, together with the picture's position and the attribute `epoch`, which the
-            training loop sets before it starts to iterate. An item's own position is its entry `indices`.
+            training loop sets before it starts to iterate, as it does with `progress` and `weights` for the sampler.
+            An item's own position is its entry `indices`. A picture of the second stream goes through the first view.
         split: name for messages.
         on_error: what becomes of a picture that can't be decoded. "raise": BrokenPictureError with its split, row and
             file. "replace": the next one that can be decoded takes its place, with that one's label; `broken` of an
@@ -59,6 +73,8 @@ class ViewDataset(torch.utils.data.Dataset):
         self.split = split
         self.on_error = on_error
         self.epoch = 0
+        self.progress = 0.0
+        self.weights: np.ndarray | None = None
         self.kept = KeptPictures()
         if keep and self._fits():
             rows = range(len(self))
@@ -68,23 +84,39 @@ class ViewDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int | Pick) -> dict[str, Any]:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, indices: Sequence[int | Pick]) -> list[dict[str, Any]]:
         """A batch at once, which the Arrow table reads faster; global random generators are left as they were."""
-        images = self._pictures(indices)
+        picks = [index if isinstance(index, Pick) else Pick(index) for index in indices]
+        images = self._pictures([pick.row for pick in picks])
         with own_generators():
-            return [self._item(index, image) for index, image in zip(indices, images, strict=True)]
+            items = [self._item(pick, image) for pick, image in zip(picks, images, strict=True)]
+            if picks[0].partner is not None:
+                partners = self._pictures([pick.partner for pick in picks])
+                for item, pick, image in zip(items, picks, partners, strict=True):
+                    item |= self._partner(pick, image)
+        return items
 
-    def _item(self, index: int, image: Image.Image | None) -> dict[str, Any]:
-        label, broken = int(self.labels[index]), image is None
+    def _item(self, pick: Pick, image: Image.Image | None) -> dict[str, Any]:
+        index, broken = pick.row, image is None
+        label = int(self.labels[index])
         if broken:
             image, label = self._substitute(index)
-        item = draw(self.views, image, [self.seed, self.epoch, index]) | {"labels": label, "indices": index}
+        entropy = [self.seed, self.epoch, index, *([pick.again] if pick.again else [])]
+        item = draw(self.views, image, entropy) | {"labels": label, "indices": index}
         if self.on_error == "replace":
             item["broken"] = self.defects([index])[0] if broken else ""
         return item
+
+    def _partner(self, pick: Pick, image: Image.Image | None) -> dict[str, Any]:
+        label = int(self.labels[pick.partner])
+        if image is None:
+            image, label = self._substitute(pick.partner)
+        view = {"partner_pixel_values": self.views["pixel_values"]}
+        entropy = [self.seed, self.epoch, pick.partner, pick.partner_again, 1]  # others than in the first stream
+        return draw(view, image, entropy) | {"partner_labels": label}
 
     def _substitute(self, index: int) -> tuple[Image.Image, int]:
         if self.on_error == "mark":
@@ -149,19 +181,58 @@ def draw(views: dict[str, View], image: Image.Image, entropy: Sequence[int]) -> 
     return {name: (view.pixels if isinstance(view, RandomView) else view)(image) for name, view in views.items()}
 
 
-class EpochSampler(Sampler[int]):
-    """A permutation that depends on the data set's (seed, epoch) alone, cut to a multiple of the global batch."""
+class EpochSampler(torch.utils.data.Sampler):
+    """An epoch's pictures by a sampler of `data.samplers`, cut to a multiple of the global batch.
 
-    def __init__(self, dataset: ViewDataset, batch_size: int = 1) -> None:
+    They depend on what the data set knows alone: seed, epoch, progress, weights and labels.
+
+    Args:
+        dataset: to draw from.
+        batch_size: of one optimiser step over all processes.
+        sampler: which picture comes next.
+        partners: the same of a second stream, one partner for each picture.
+        settings: of the method, for the samplers.
+    """
+
+    def __init__(
+        self,
+        dataset: ViewDataset,
+        batch_size: int = 1,
+        sampler: Sampler = instance,
+        partners: Sampler | None = None,
+        settings: Any = None,
+    ) -> None:
         self.dataset = dataset
+        self.samplers = [sampler, *([partners] if partners else [])]
+        self.settings = settings
         self.length = len(dataset) // batch_size * batch_size
 
     def __len__(self) -> int:
         return self.length
 
-    def __iter__(self) -> Iterator[int]:
-        order = np.random.default_rng([self.dataset.seed, self.dataset.epoch]).permutation(len(self.dataset))
-        yield from order[: self.length].tolist()
+    def __iter__(self) -> Iterator[int | Pick]:
+        known = self.dataset
+        columns = []
+        for stream, sampler in enumerate(self.samplers):
+            draw = Draw(
+                known.seed, known.epoch, known.labels, known.progress, self.settings, known.weights, stream=stream
+            )
+            order = sampler(draw)[: self.length]
+            columns += [order, occurrences(order)]
+        if len(columns) == 2 and not columns[1].any():
+            yield from columns[0].tolist()
+        else:
+            yield from (Pick(*row) for row in zip(*(column.tolist() for column in columns), strict=True))
+
+
+def occurrences(order: np.ndarray) -> np.ndarray:
+    """How often each number came before, [N] -> [N]."""
+    sorting = np.argsort(order, kind="stable")
+    ranked = order[sorting]
+    first = np.searchsorted(ranked, ranked)
+    before = np.empty_like(order)
+    before[sorting] = np.arange(len(order)) - first
+    return before
 
 
 def collate(items: list[dict[str, Any]], views: Mapping[str, View] = MappingProxyType({})) -> dict[str, Any]:
@@ -190,15 +261,24 @@ def collated(views: Mapping[str, View]) -> Callable[[list[dict[str, Any]]], dict
     return partial(collate, views=views)
 
 
-def train_loader(dataset: ViewDataset, batch_size: int, parts: int = 1, num_workers: int = 0) -> DataLoader:
-    """Shuffled full batches of the data set's `epoch`, each in equal parts for processes and accumulation."""
+def train_loader(
+    dataset: ViewDataset,
+    batch_size: int,
+    parts: int = 1,
+    num_workers: int = 0,
+    sampler: Sampler = instance,
+    partners: Sampler | None = None,
+    settings: Any = None,
+) -> DataLoader:
+    """Full batches of the data set's `epoch`, each in equal parts for processes and accumulation; see `EpochSampler`."""
+    views = dataset.views | ({"partner_pixel_values": dataset.views["pixel_values"]} if partners else {})
     return DataLoader(
         dataset,
         batch_size // parts,
-        sampler=EpochSampler(dataset, batch_size),
+        sampler=EpochSampler(dataset, batch_size, sampler, partners, settings),
         drop_last=True,
         num_workers=num_workers,
-        collate_fn=collated(dataset.views),
+        collate_fn=collated(views),
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=outlive_first_signal,
         generator=torch.Generator().manual_seed(dataset.seed),  # else each epoch draws from the global generator
