@@ -24,7 +24,7 @@ from ecl_hf.learning.finite import StepCheck
 from ecl_hf.learning.memory import keep_freed_memory
 from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.methods import METHODS
-from ecl_hf.methods.settings import LossConfig
+from ecl_hf.methods.ecl import ECLSettings
 from ecl_hf.runs.folder import describe_environment, write_atomically
 
 Batch = dict[str, Tensor]
@@ -155,7 +155,7 @@ def build_task(
     """ECL with a long tail of classes, ready to train."""
     counts = [max(1, int(500 * 0.01 ** (c / max(1, num_classes - 1)))) for c in range(num_classes)]
     config = ECLConfig(architecture=architecture, num_experts=num_experts, class_counts=counts)
-    losses = LossConfig(sup_reduction="sum", queue_size=queue_size)
+    losses = ECLSettings(sup_reduction="sum", queue_size=queue_size)
     task = CollaborativeTask(ECLForImageClassification(config), METHODS["ecl"], losses)
     return task.to(device, memory_format=torch.channels_last).train()
 

@@ -43,11 +43,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from ecl_hf.methods.settings import LossConfig
+from ecl_hf.methods.ecl import ECLSettings
 from ecl_hf.runs.folder import write_atomically
 
 NESTED = "as NCL's"
-LOSS = LossConfig(sup_reduction="sum")
+LOSS = ECLSettings(sup_reduction="sum")
 
 
 def nested_step(architecture: str, num_experts: int, num_classes: int, batch: Batch) -> Step:

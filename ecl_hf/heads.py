@@ -52,7 +52,7 @@ class ECLHead(nn.Linear):
 
 
 class ECLCosineHead(nn.Linear):
-    """Cosine classifier, `scale * cos(v, w_c) + b_c`; [B, D] -> [B, C]."""
+    """Cosine classifier, `scale * cos(v, w_c) + b_c`, or without b; [B, D] -> [B, C]."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, scale: float) -> None:
         super().__init__(in_features, out_features, bias)
@@ -206,3 +206,16 @@ def create_head(config: ECLConfig, in_features: int) -> nn.Linear:
         case "disalign":
             return ECLDisAlignHead(*shape)
     return ECLHead(*shape)
+
+
+def describe_head(head: nn.Module) -> dict[str, object]:
+    """What the configuration says of a head, so that `create_head` makes one of its kind."""
+    described = {"classifier_bias": getattr(head, "bias", None) is not None}
+    match head:
+        case ECLCosineHead():
+            return described | {"classifier": "cosine", "classifier_scale": head.scale}
+        case ECLNormalisedHead():
+            return described | {"classifier": "normalised", "classifier_chunks": head.chunks}
+        case ECLDisAlignHead():
+            return described | {"classifier": "disalign"}
+    return described | {"classifier": "linear"}

@@ -137,7 +137,11 @@ def pairwise_kl(teachers: Tensor, students: Tensor, temperature: float | Tensor 
         [J, K, B].
     """
     teachers, students = full_precision(teachers, students)
-    log_p, log_q = ((scores / temperature).log_softmax(-1) for scores in (teachers, students))
+    return _divergences(*((scores / temperature).log_softmax(-1) for scores in (teachers, students)))
+
+
+def _divergences(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """`KL(p_j || q_k)` of log probabilities, [J, B, N], [K, B, N] -> [J, K, B]."""
     p = log_p.exp()
     return (p * log_p).sum(-1)[:, None] - torch.einsum("jbn,kbn->jkb", p, log_q)
 
@@ -184,8 +188,10 @@ def logit_distillation(
     Returns:
         Mean over samples and ordered pairs, []; 0 when K is 1.
     """
-    teachers = cls_logits.detach() if detach_teacher else cls_logits
-    return temperature**2 * _mean_over_pairs(pairwise_kl(teachers, cls_logits, temperature), weights)
+    (cls_logits,) = full_precision(cls_logits)
+    log_p = (cls_logits / temperature).log_softmax(-1)  # once for both sides
+    kl = _divergences(log_p.detach() if detach_teacher else log_p, log_p)
+    return temperature**2 * _mean_over_pairs(kl, weights)
 
 
 def feature_distillation(features: Tensor, temperature: float = 1.0, detach_teacher: bool = False) -> Tensor:

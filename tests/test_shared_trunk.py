@@ -18,7 +18,7 @@ from ecl_hf.learning.initialise import initialise_model
 from ecl_hf.learning.memory import checkpoint_blocks, checkpoint_experts, counted_once
 from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.methods import METHODS
-from ecl_hf.methods.settings import LossConfig
+from ecl_hf.methods.ecl import ECLSettings
 from ecl_hf.publishing.hub import save_timm
 from ecl_hf.runs.folder import describe_model
 from tests.children import TINY
@@ -94,7 +94,7 @@ def test_equals_experts_with_copies_of_the_trunk():
     tasks = []
     for ensemble_ in (model, separate(model).double()):
         torch.manual_seed(5)
-        tasks.append(CollaborativeTask(ensemble_, METHODS["ecl"], LossConfig(queue_size=8)).double())
+        tasks.append(CollaborativeTask(ensemble_, METHODS["ecl"], ECLSettings(queue_size=8)).double())
     ours, theirs = tasks
     images, second = torch.randn(2, 6, 3, 16, 16).double()
     labels = torch.tensor([0, 1, 2, 0, 1, 0])
@@ -120,7 +120,7 @@ def test_equals_experts_with_copies_of_the_trunk():
         for parameter in ours.parameters():
             parameter.add_(parameter.requires_grad)
     ours.follow()
-    momentum = ours.loss_config.key_momentum
+    momentum = ours.settings.key_momentum
     for name, value in ours.momentum_trunk.named_parameters():
         query = ours.model.trunk.get_parameter(name)
         torch.testing.assert_close(value, momentum * before[name] + (1 - momentum) * query)
@@ -198,7 +198,7 @@ def test_trunks_run_once_and_keep_their_activations_once():
     model = ensemble(num_experts=3)
     calls, kept = [], []
     for ensemble_ in (model, separate(model)):
-        task = CollaborativeTask(ensemble_, METHODS["ecl"], LossConfig(queue_size=8)).train()
+        task = CollaborativeTask(ensemble_, METHODS["ecl"], ECLSettings(queue_size=8)).train()
         for trunk in filter(None, [task.model.trunk, task.momentum_trunk]):
             trunk.register_forward_hook(lambda *_: calls.append(1))
         images, sizes = torch.randn(2, 6, 3, 16, 16), {}

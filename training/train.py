@@ -8,7 +8,6 @@
 Mixed precision and devices are Accelerate's own flags (`accelerate launch --mixed_precision bf16 ...`).
 """
 
-import json
 import math
 import os
 import sys
@@ -18,40 +17,52 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, skip_first_batches
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from huggingface_hub.utils import disable_progress_bars
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from timm.utils import distribute_bn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ecl_hf.data.loaders import ViewDataset, evaluation_loader, train_loader
+from ecl_hf.data.loaders import ViewDataset, draw_seed, evaluation_loader, train_loader
 from ecl_hf.data.longtailed import load_longtailed
 from ecl_hf.data.pictures import BrokenPictureError
 from ecl_hf.data.streaming import StreamedViews, StreamSampler, stream_loader
-from ecl_hf.data.views import contrastive_view, evaluation_view, supervised_view
-from ecl_hf.evidence.evaluation import Predictions, format_table, predict, summarise
-from ecl_hf.evidence.metrics import shot_groups
+from ecl_hf.data.views import View, contrastive_view, evaluation_view, supervised_view
+from ecl_hf.evidence.evaluation import predict
+from ecl_hf.evidence.results import describe_run, report
 from ecl_hf.learning.batchnorm import load_statistics, save_statistics, synchronise_batchnorm
 from ecl_hf.learning.finite import StepCheck, check_weights
 from ecl_hf.learning.initialise import initialise_model
 from ecl_hf.learning.memory import checkpoint_blocks, checkpoint_experts, counted_once, keep_freed_memory
+from ecl_hf.learning.optimiser import build_optimizer, learning_rate, set_learning_rate
+from ecl_hf.learning.stages import begin_heads, check_stages, fold_heads
 from ecl_hf.learning.task import CollaborativeTask
+from ecl_hf.learning.teachers import load_teacher
 from ecl_hf.methods import METHODS
+from ecl_hf.methods.base import EpochContext, FinishContext, MixingContext, Part, Time
 from ecl_hf.publishing.hub import BackgroundUpload, check_upload, write_card
 from ecl_hf.repository import upload_directory
-from ecl_hf.runs.folder import Progress, RunFolder, cosine, describe_environment, describe_model, flatten
+from ecl_hf.runs.folder import Progress, RunFolder, describe_environment, describe_model, flatten
 from ecl_hf.runs.interruption import STOPPED, StopRequest, plain_errors
 from ecl_hf.runs.launch import check_launch
-from ecl_hf.runs.recipe import Recipe
+from ecl_hf.runs.recipe import Recipe, prepare_flags
 
 CARD = Path(__file__).resolve().parents[1] / "hub_cards" / "model_card.md"
 
@@ -61,28 +72,21 @@ def parse(argv: Sequence[str] | None) -> tuple[Recipe, Namespace]:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog="train.py", description=__doc__.split("\n")[0])
     parser.add_argument("--recipe", action="config", help="YAML file; flags after it override it")
-    Recipe.add_arguments(parser)
+    try:
+        argv, method, left_out = prepare_flags(sys.argv[1:] if argv is None else argv)
+    except ValueError as error:
+        parser.error(str(error))
+    Recipe.add_arguments(parser, method)
     parser.add_argument("--output_dir", type=Path, required=True, help="Run folder to write")
     parser.add_argument("--resume", action="store_true", help="Continue the run in output_dir, if there is one")
     parser.add_argument("--allow_changes", action="store_true", help="Continue it although the recipe has changed")
     parser.add_argument("--report_to", nargs="+", default=[], help="Trackers: tensorboard, trackio, ...")
     args = parser.parse_args(argv)
+    args.left_out = left_out
     try:
         return Recipe.from_arguments(parser, args), args
     except ValueError as error:
         parser.error(str(error))
-
-
-def report(run: RunFolder) -> str:
-    """The short table of a finished run, and where things are."""
-    results = json.loads(run.results_file.read_text())
-    groups = ", ".join(f"{name} {count}" for name, count in results["shot_groups"].items())
-    lines = [f"top-1 of the shot groups and calibration error on the test split, in % (classes: {groups})"]
-    lines.append(format_table(results["test"]["plain"]))
-    if results["recipe"]["data"]["horizontal_flip"]:
-        lines += ["with test-time horizontal flip", format_table(results["test"]["flip"])]
-    lines += [f"{run.results_file}: all numbers", f"{run.model}: the model, for from_pretrained and pipeline"]
-    return "\n".join(lines)
 
 
 def in_order(name: str) -> tuple[int, str]:
@@ -109,8 +113,15 @@ def or_exit(batches: Iterable, recipe: Recipe) -> Iterator:
         yield from batches
 
 
+def in_steps(batches: Iterable[dict], size: int) -> Iterator[list[dict]]:
+    """The micro-batches of one optimiser step at a time."""
+    batches = iter(batches)
+    while step := list(islice(batches, size)):
+        yield step
+
+
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Train, evaluate the last epoch and write the run folder, whose path is returned."""
+    """Train a method's stages, evaluate the last epoch and write the run folder, whose path is returned."""
     recipe, args = parse(argv)
     with plain_errors(), StopRequest() as stop, closing(RunFolder(args.output_dir)) as run:
         with refusing(recipe):
@@ -118,8 +129,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
         if args.resume and run.finished:
             training.say(f"{run.path} is finished already\n{report(run)}")
             return run.path
-        training.prepare()
-        training.fit(stop)
+        training.restore()
+        while True:
+            training.fit(stop)
+            if not training.next_stage():
+                break
+        training.finish()
         training.test()
         training.accelerator.end_training()
     return run.path
@@ -146,32 +161,49 @@ class Training:
         self.recipe, self.run = recipe, run
         self.accelerator = accelerator = self._accelerator(args)
         self.say = tqdm.write if accelerator.is_main_process else (lambda _: None)
+        if args.left_out:
+            self.say(f"{recipe.method} has no setting {', '.join(args.left_out)}: left out of the recipe")
         self.processes = accelerator.num_processes
         check_launch(os.environ, self.processes)
-        if recipe.method not in METHODS:
-            raise ValueError(f"unknown method {recipe.method!r}; choose from {', '.join(METHODS)}")
         self.method = METHODS[recipe.method]
-        recipe.model.num_experts = self.method.experts(recipe.model.num_experts)
+        recipe.model.num_experts = self.method.num_experts(recipe.model.num_experts)
         self.accumulation = recipe.train.gradient_accumulation_steps
-        if recipe.batch_size % (self.processes * self.accumulation):
+        self.pieces = self.processes * self.accumulation
+        if recipe.batch_size % self.pieces:
             raise ValueError(
                 f"batch_size {recipe.batch_size} is no multiple of {self.processes} processes x "
                 f"{self.accumulation} micro-batches"
             )
+        check_stages(
+            self.method,
+            streaming=recipe.data.streaming,
+            pieces=self.pieces,
+            teacher=recipe.model.teacher,
+            name=recipe.method,
+        )
+        self.stage_epochs = recipe.epochs_of_stages
         run.check(recipe, args.resume, args.allow_changes)
         with accelerator.main_process_first():
             self.data = load_longtailed(recipe.data)
         images = sum(self.data.class_counts)
         if recipe.batch_size > images:
             raise ValueError(f"batch_size {recipe.batch_size} exceeds the training split of {images} images")
+        self.steps_per_epoch = images // recipe.batch_size
+        self.total_steps = recipe.epochs * self.steps_per_epoch
+        self.last_step = min(self.total_steps, recipe.train.max_steps or self.total_steps)
+        self.lr_factor = learning_rate(recipe.optim, self.steps_per_epoch)
+        self.lr_factor(0, min(self.stage_epochs) * self.steps_per_epoch)
+        self.teacher = None
+        if self.method.teacher:
+            teacher = load_teacher(recipe.model.teacher, self.data.class_names, self.method.teacher)
+            self.teacher = teacher.to(accelerator.device, memory_format=torch.channels_last)
         set_seed(recipe.seed)
-        self.model = initialise_model(recipe.model, self.method, self.data.class_counts, self.data.class_names)
-        self.plain = CollaborativeTask(self.model, self.method, recipe.loss).to(memory_format=torch.channels_last)
-        if recipe.train.sync_batchnorm and self.processes > 1:
-            self.plain = synchronise_batchnorm(self.plain, accelerator.device)
-        self._save_memory()
+        counts, names = self.data.class_counts, self.data.class_names
+        self.model = initialise_model(recipe.model, self.method, counts, names, recipe.loss)
         self.train_set = self._train_set()
-        self.size = describe_model(self.model)
+        self._build(0)
+        self._save_memory()
+        describe_model(self.model)
         self.environment = describe_environment(self.processes, accelerator.device)
         if recipe.hub.push and accelerator.is_main_process:
             check_upload(recipe.hub.repo_id, recipe.hub.private or None)
@@ -183,7 +215,9 @@ class Training:
 
     def _accelerator(self, args: Namespace) -> Accelerator:
         accelerator = Accelerator(
-            gradient_accumulation_steps=self.recipe.train.gradient_accumulation_steps,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=self.recipe.train.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
             kwargs_handlers=[
                 DistributedDataParallelKwargs(broadcast_buffers=False),
                 InitProcessGroupKwargs(timeout=timedelta(minutes=self.recipe.train.timeout)),
@@ -200,43 +234,83 @@ class Training:
             checkpoint_blocks(self.model)
         if self.recipe.train.experts_one_by_one:
             checkpoint_experts(self.model)
-        repeating = self.recipe.train.gradient_checkpointing or self.recipe.train.experts_one_by_one
-        self.around_backward = partial(counted_once, self.plain) if repeating else nullcontext
         if self.accelerator.device.type == "cpu":
             keep_freed_memory()
 
     def _train_set(self) -> ViewDataset | StreamedViews:
-        config, recipe = self.model.config.pretrained_cfg, self.recipe
-        views = {"pixel_values": supervised_view(config, recipe.data.augmentation, recipe.data.horizontal_flip)}
-        if "momentum" in self.method.needs:
-            views["contrast_pixel_values"] = contrastive_view(config, recipe.data.horizontal_flip)
+        recipe = self.recipe
+        views = {"pixel_values": self._view("supervised")}
         on_error = "replace" if recipe.data.on_error == "skip" else "raise"
         if recipe.data.streaming:
             return StreamedViews(views, recipe.seed, on_error)
         return ViewDataset(self.data.train, views, recipe.seed, on_error=on_error, keep=recipe.epochs > 1)
 
-    def prepare(self) -> None:
-        """Bring task, optimizer and loaders to the device, and restore the checkpoint if there is one."""
+    def _view(self, name: str) -> View:
+        config, data = self.model.config.pretrained_cfg, self.recipe.data
+        if name == "contrastive":
+            return contrastive_view(config, data.horizontal_flip)
+        return supervised_view(config, data.augmentation if name == "supervised" else name, data.horizontal_flip)
+
+    def _build(self, stage: int) -> None:
+        """Make the task of a stage; the modules that train it, but for those of the stage before, are new."""
+        recipe = self.recipe
+        begin_heads(self.model, self.method.stages[stage], recipe.loss)
+        labels = None if recipe.data.streaming else torch.from_numpy(self.train_set.labels)
+        earlier = getattr(self, "plain", None)
+        self.plain = CollaborativeTask(self.model, self.method, recipe.loss, stage, labels, self.teacher)
+        if earlier:
+            self.plain.adopt(earlier)
+        if recipe.optim.ema:
+            self.plain.keep_average(recipe.optim.ema)
+        self.plain = self.plain.to(memory_format=torch.channels_last)
+        if recipe.train.sync_batchnorm and self.processes > 1:
+            self.plain = synchronise_batchnorm(self.plain, self.accelerator.device)
+        # Accelerate does not notice that a fused optimizer has left a step out for the loss scaler.
+        fused = self.accelerator.scaler is None
+        self.fresh_optimizer = build_optimizer(self.plain, recipe.optim, self.plain.stage, recipe.loss, fused)
+        views = {"pixel_values": self._view("supervised")}
+        if "momentum" in self.plain.stage.needs:
+            views["contrast_pixel_values"] = self._view("contrastive")
+        self.train_set.views = views | {f"view_{n}": self._view(v) for n, v in enumerate(self.plain.stage.views)}
+
+    def _prepare(self, stage: int) -> None:
+        """Bring task, optimizer and loader of a stage to the device."""
         recipe, accelerator = self.recipe, self.accelerator
         self.loader = self._train_loader()
-        test = evaluation_loader(
-            self.data.test,
-            evaluation_view(self.model.config.pretrained_cfg),
-            256,
-            recipe.data.num_workers,
-            on_error="mark" if recipe.data.on_error == "skip" else "raise",
-        )
-        parameters = [parameter for parameter in self.plain.parameters() if parameter.requires_grad]
-        # Accelerate does not notice that a fused optimizer has left a step out for the loss scaler.
-        optimizer = torch.optim.SGD(parameters, fused=accelerator.scaler is None, **asdict(recipe.optim))
-        set_seed(recipe.seed, device_specific=True)
-        self.task, self.optimizer, self.test_loader = accelerator.prepare(self.plain, optimizer, test)
+        set_seed(self._seed(stage), device_specific=True)
+        self.task, self.optimizer = accelerator.prepare(self.plain, self.fresh_optimizer)
         if recipe.train.compile:
             self.plain.compile_encoders()
+        repeating = recipe.train.gradient_checkpointing or recipe.train.experts_one_by_one
+        self.around_backward = partial(counted_once, self.plain) if repeating else nullcontext
         self.undo = recipe.train.on_nonfinite == "skip"
         self.check = StepCheck(self.plain, accelerator.reduce, gradients=accelerator.scaler is None, undo=self.undo)
-        self.total_steps = recipe.epochs * (len(self.loader) // self.accumulation)
-        self.last_step = min(self.total_steps, recipe.train.max_steps or self.total_steps)
+
+    def _seed(self, stage: int) -> int:
+        """The recipe's seed, and another one for each later stage."""
+        return draw_seed(self.recipe.seed, stage) if stage else self.recipe.seed
+
+    def _train_loader(self) -> DataLoader:
+        recipe, stage = self.recipe, self.plain.stage
+        sizes = (recipe.batch_size, self.pieces, recipe.data.num_workers)
+        if not recipe.data.streaming:
+            samplers = (stage.sampler, stage.partners, recipe.loss)
+            return self.accelerator.prepare(train_loader(self.train_set, *sizes, *samplers))
+        images = sum(self.data.class_counts)
+        share = (recipe.batch_size, self.accelerator.process_index, self.processes, recipe.data.shuffle_buffer)
+        loader = stream_loader(StreamSampler(self.train_set, self.data.train, images, *share), *sizes)
+        # Each process has its part already: Accelerate moves the batches and divides nothing.
+        return prepare_data_loader(loader, self.accelerator.device, 1, 0, put_on_device=True)
+
+    def _evaluation_loader(self, pictures: datasets.Dataset) -> DataLoader:
+        view = evaluation_view(self.model.config.pretrained_cfg)
+        on_error = "mark" if self.recipe.data.on_error == "skip" else "raise"
+        loader = evaluation_loader(pictures, view, 256, self.recipe.data.num_workers, on_error=on_error)
+        return self.accelerator.prepare(loader)
+
+    def restore(self) -> None:
+        """Begin the first stage, or the one of the checkpoint if there is one, as it stood there."""
+        recipe, accelerator = self.recipe, self.accelerator
         self.add_card = partial(
             write_card,
             template=CARD,
@@ -244,116 +318,165 @@ class Training:
             repo_id=recipe.hub.repo_id,
             license=recipe.hub.license,
         )
+        self.upload = None
+        if recipe.hub.every and accelerator.is_main_process:
+            self.upload = BackgroundUpload(recipe.hub.repo_id, tqdm.write)
         accelerator.init_trackers("ecl_hf", {key: str(value) for key, value in flatten(asdict(recipe)).items()})
-        self.progress = self._restore()
-
-    def _train_loader(self) -> DataLoader:
-        recipe = self.recipe
-        sizes = (recipe.batch_size, self.processes * self.accumulation, recipe.data.num_workers)
-        if not recipe.data.streaming:
-            return self.accelerator.prepare(train_loader(self.train_set, *sizes))
-        images = sum(self.data.class_counts)
-        share = (recipe.batch_size, self.accelerator.process_index, self.processes, recipe.data.shuffle_buffer)
-        loader = stream_loader(StreamSampler(self.train_set, self.data.train, images, *share), *sizes)
-        # Each process has its part already: Accelerate moves the batches and divides nothing.
-        return prepare_data_loader(loader, self.accelerator.device, 1, 0, put_on_device=True)
-
-    def _restore(self) -> Progress:
         [checkpoint] = broadcast_object_list([self.checkpoint])
-        if not checkpoint:
-            return Progress(commit=self.environment["commit"])
+        self.progress = Progress(commit=self.environment["commit"])
         try:
-            self.accelerator.load_state(checkpoint)
-            load_statistics(self.plain, checkpoint, self.accelerator.process_index)
-            progress = self.run.read_progress(checkpoint)
+            if checkpoint:
+                self.progress = self.run.read_progress(checkpoint)
+                for stage in range(1, self.progress.stage + 1):
+                    fold_heads(self.model)
+                    self._build(stage)
+            self._prepare(self.progress.stage)
+            if checkpoint:
+                groups = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+                accelerator.load_state(checkpoint)
+                load_statistics(self.plain, checkpoint, accelerator.process_index)
+                for group, own in zip(self.optimizer.param_groups, groups, strict=True):
+                    group.update(own)
         except Exception as error:  # of whatever wrote or reads it
+            if not checkpoint:
+                raise
             sys.exit(f"error: {checkpoint} does not fit this recipe and version: {error}")
-        self.optimizer.param_groups[0].update(asdict(self.recipe.optim))
-        self.say(f"continuing after step {progress.step}")
-        return progress
+        counts = self.data.class_counts
+        self.say(
+            f"{recipe.method}: {len(self.model.experts)} x {recipe.model.architecture}, {sum(counts)} training "
+            f"images, {len(counts)} classes of {max(counts)} to {min(counts)}, {self.processes} process(es) on "
+            f"{accelerator.device.type}"
+        )
+        if checkpoint:
+            self.say(f"continuing after step {self.progress.step}")
+
+    @property
+    def first_epoch(self) -> int:
+        """Of the running stage, in the run."""
+        return sum(self.stage_epochs[: self.progress.stage])
+
+    @property
+    def end_of_stage(self) -> int:
+        """Step of the run at which the running stage, or the whole run, ends."""
+        return min(self.last_step, sum(self.stage_epochs[: self.progress.stage + 1]) * self.steps_per_epoch)
 
     @property
     def lr(self) -> float:
         """The learning rate of the next optimiser step."""
-        return self.recipe.optim.lr * cosine(self.progress.updates, self.total_steps)
+        updates = self.progress.updates_since(self.first_epoch * self.steps_per_epoch)
+        steps = self.stage_epochs[self.progress.stage] * self.steps_per_epoch
+        return self.recipe.optim.lr * self.plain.stage.lr * self.lr_factor(updates, steps)
+
+    def next_stage(self) -> bool:
+        """End the running stage and begin the next one, if there is one and the run has not come to its last step."""
+        if self.processes > 1:  # else the model would know the running statistics of the main process alone
+            distribute_bn(self.plain, self.processes, reduce=True)
+        if self.recipe.optim.ema:
+            self.model.load_state_dict(self.plain.average.module.state_dict())
+        fold_heads(self.model)
+        if self.progress.step == self.last_step:
+            return False
+        self.progress = self.progress.next_stage()
+        stage = self.progress.stage
+        self.accelerator.free_memory()
+        set_seed(self._seed(stage))
+        self._build(stage)
+        self._prepare(stage)
+        return True
 
     def fit(self, stop: StopRequest) -> None:
-        """Train until the last step; a request to stop ends the program after a step, with a checkpoint."""
-        recipe, counts = self.recipe, self.data.class_counts
-        self.say(
-            f"{recipe.method}: {len(self.plain.model.experts)} x {recipe.model.architecture}, {sum(counts)} training "
-            f"images, {len(counts)} classes of {max(counts)} to {min(counts)}, {self.processes} process(es) on "
-            f"{self.accelerator.device.type}"
-        )
-        upload = None
-        if recipe.hub.every and self.accelerator.is_main_process:
-            upload = BackgroundUpload(recipe.hub.repo_id, tqdm.write)
+        """Train until the stage's last step; a request to stop ends the program after a step, with a checkpoint."""
+        recipe = self.recipe
         self.task.train()
         stop.deferred, stopping = True, False
         with tqdm(
-            total=self.last_step,
+            desc=self.plain.stage.name if len(self.stage_epochs) > 1 else None,
+            total=self.end_of_stage,
             initial=self.progress.step,
             unit="step",
             disable=not self.accelerator.is_main_process,
         ) as bar:
-            while self.progress.step < self.last_step and not stopping:
+            while self.progress.step < self.end_of_stage and not stopping:
                 stopping = self._train_epoch(stop, bar)
                 self._log(bar)
                 ended = self.progress.batch == len(self.loader)
                 if ended:
+                    self._call_parts("after_epoch")
                     self.progress = self.progress.next_epoch()
-                epoch, last = self.progress.epoch, self.progress.step == self.last_step
+                epoch, last = self.progress.epoch, self.progress.step == self.end_of_stage
                 if stopping or last or (ended and epoch % recipe.train.checkpoint_every == 0):
                     self._write_checkpoint()
-                if upload and ended and epoch % recipe.hub.every == 0 and self.progress.step < self.total_steps:
-                    upload.offer(self.plain.model, partial(self.add_card, results=None), f"Epoch {epoch}")
+                if self.upload and ended and epoch % recipe.hub.every == 0 and self.progress.step < self.total_steps:
+                    self.upload.offer(self.plain.model, partial(self.add_card, results=None), f"Epoch {epoch}")
         stop.deferred = False
         if stopping:
             self.accelerator.wait_for_everyone()
             self.say(f"stopped after step {self.progress.step}, with a checkpoint; continue with --resume")
             sys.exit(STOPPED)
-        if upload:
-            upload.wait()
-        if self.processes > 1:  # else the model would know the running statistics of the main process alone
-            distribute_bn(self.plain, self.processes, reduce=True)
 
     def _train_epoch(self, stop: StopRequest, bar: tqdm) -> bool:
         """Train the rest of an epoch, or until the last step, or until a stop is asked for, which it returns."""
         progress, stopping = self.progress, False
-        self.train_set.epoch = progress.epoch
+        self.plain.time = Time(progress.epoch - self.first_epoch, self.stage_epochs[progress.stage])
+        if progress.batch == 0:
+            self._call_parts("before_epoch")
+        self.train_set.epoch, self.train_set.progress = progress.epoch, self.plain.time.progress
+        self.train_set.weights = self._picture_weights()
         self.sums = {name: torch.tensor(value, device=self.accelerator.device) for name, value in progress.sums.items()}
         broken = set(progress.broken)
         started = time.perf_counter()
-        for batch in or_exit(skip_first_batches(self.loader, progress.batch), self.recipe):
-            pictures = batch.pop("indices")
-            broken.update(batch.pop("broken", ()))
-            with self.accelerator.accumulate(self.task):
-                out = self.task(**batch)
-                with self.around_backward():
-                    self.accelerator.backward(out["loss"])
-                self.check.add(out, None if out["keys"] is None else self.accelerator.gather(out["keys"]), pictures)
+        batches = or_exit(skip_first_batches(self.loader, progress.batch), self.recipe)
+        for batches_of_step in in_steps(batches, self.accumulation):
+            for batch in batches_of_step:
+                broken.update(batch.pop("broken", ()))
+            for batch in self._complete(batches_of_step):
+                with self.accelerator.accumulate(self.task):
+                    out = self.task(**batch)
+                    with self.around_backward():
+                        self.accelerator.backward(out["loss"])
+                keys = None if out["keys"] is None else self.accelerator.gather((out["keys"], batch["labels"]))
+                self.check.add(out, keys, batch["indices"])
                 progress.batch += 1
-                if not self.accelerator.sync_gradients:
-                    continue
-                stopping = self._update(stop.asked)
+            stopping = self._update(stop.asked)
             bar.update()
-            if stopping or progress.step == self.last_step:
+            if stopping or progress.step == self.end_of_stage:
                 break
         progress.seconds += time.perf_counter() - started
         progress.broken = sorted(set(gather_object(list(broken))), key=in_order)
         progress.sums = {name: self.accelerator.reduce(value, "mean").item() for name, value in self.sums.items()}
         return stopping
 
+    def _complete(self, batches: list[dict]) -> list[dict]:
+        """Micro-batches of a step with mixed pictures, and with the class counts of the whole step in each of them."""
+        stage, progress = self.plain.stage, self.progress
+        if stage.mixing:
+            for position, batch in enumerate(batches, start=progress.batch):
+                entropy = [self.recipe.seed, progress.epoch, position, self.accelerator.process_index]
+                generator = torch.Generator().manual_seed(draw_seed(*entropy))
+                counts = torch.tensor(self.data.class_counts)
+                context = MixingContext(self.recipe.loss, self.plain.time, generator, self.plain, counts)
+                batches[position - progress.batch] = stage.mixing(batch, context)
+        if self.pieces > 1:
+            classes = len(self.data.class_counts)
+            labels = [(batch["labels"], batch.get("mixed_labels", batch["labels"])) for batch in batches]
+            columns = (torch.cat(column) for column in zip(*labels, strict=True))
+            counts = torch.stack([torch.bincount(column, minlength=classes) for column in columns]).float()
+            counts = self.accelerator.reduce(counts) / self.pieces
+            batches = [batch | {"label_counts": counts} for batch in batches]
+        return batches
+
     def _update(self, asked: bool) -> bool:
         """Take an optimiser step if its numbers are finite; whether any process was asked to stop."""
         finite, stopping = self.check.judge(asked)
         if finite:
-            self.optimizer.param_groups[0]["lr"] = self.lr
+            set_learning_rate(self.optimizer, self.lr)
+            if self.recipe.optim.clip_grad:
+                self.accelerator.clip_grad_norm_(self.plain.parameters(), self.recipe.optim.clip_grad)
             self.optimizer.step()
             for name, value in self.check.sums.items():
                 self.sums[name] = self.sums.get(name, 0.0) + value
             if self.check.keys:
-                self.plain.enqueue(torch.cat(self.check.keys))
+                self.plain.enqueue(torch.cat(self.check.keys), torch.cat(self.check.labels))
         elif self.undo:
             self.check.leave_out()
             self.progress.missing += self.accumulation
@@ -368,10 +491,43 @@ class Training:
         self.progress.step += 1
         return stopping
 
+    def _call_parts(self, hook: str) -> None:
+        """Let the terms' parts do what they do between epochs."""
+        parts = [part for part in self.plain.parts.values() if getattr(type(part), hook) is not getattr(Part, hook)]
+        for part in parts:
+            getattr(part, hook)(EpochContext(**self._context(), time=self.plain.time, teacher=self._teacher_predicts))
+
+    def _context(self) -> dict[str, Any]:
+        counts = torch.tensor(self.data.class_counts)
+        predicts = partial(self._predict_training_set, self.model)
+        return {"model": self.model, "settings": self.recipe.loss, "class_counts": counts, "predict": predicts}
+
+    def _teacher_predicts(self) -> tuple[torch.Tensor, ...]:
+        return self._predict_training_set(self.teacher)
+
+    def _predict_training_set(self, model: torch.nn.Module) -> tuple[torch.Tensor, ...]:
+        """Labels [N], logits [N, K, C] and features [N, K, D] in the evaluation view, the same in every process."""
+        found = predict(
+            model,
+            or_exit(self._evaluation_loader(self.data.train), self.recipe),
+            self.accelerator.gather_for_metrics,
+            with_features=True,
+            with_flip=False,
+        )
+        self.task.train()
+        return found.labels, found.expert_logits, found.features
+
+    def _picture_weights(self) -> np.ndarray | None:
+        weights = [part.picture_weights for part in self.plain.parts.values() if part.picture_weights is not None]
+        return weights[0].double().cpu().numpy() if weights else None
+
     def _log(self, bar: tqdm) -> None:
-        line = self.progress.line(self.lr, images_per_batch=self.recipe.batch_size // self.accumulation)
-        bar.set_postfix(epoch=line["epoch"], loss=f"{line.get('loss', math.nan):.3f}")
-        self.accelerator.log({name: value for name, value in line.items() if name != "epoch"}, step=self.progress.step)
+        images = self.recipe.batch_size // self.accumulation
+        line = self.progress.line(self.plain.stage.name, self.lr, images_per_batch=images)
+        speed = f"{line['images_per_second']:.0f}"
+        bar.set_postfix(epoch=line["epoch"], loss=f"{line.get('loss', math.nan):.3f}", images_per_second=speed)
+        numbers = {name: value for name, value in line.items() if name not in ("epoch", "stage")}
+        self.accelerator.log(numbers, step=self.progress.step)
         if self.accelerator.is_main_process:
             self.run.log(line)
 
@@ -384,64 +540,51 @@ class Training:
             if self.accelerator.is_main_process:
                 self.run.publish_checkpoint(self.progress, self.recipe.train.keep_last)
 
+    def finish(self) -> None:
+        """Take the method's steps after its last stage, which rewrite the heads."""
+        if self.upload:
+            self.upload.wait()
+        if self.progress.step == self.total_steps:
+            for rewrite in self.method.finish:
+                rewrite(FinishContext(**self._context()))
+            fold_heads(self.model)
+
     def test(self) -> None:
         """Test the model, write it with its results, and upload it if the recipe says so.
 
         The reported numbers are the last epoch's: there is no validation split to choose another by.
         """
-        main = self.accelerator.is_main_process
+        main, loader = self.accelerator.is_main_process, self._evaluation_loader(self.data.test)
         with torch.compiler.set_stance("force_eager"):  # compiling for batches of another size would take longer
             predictions = predict(
-                self.plain.model,
-                or_exit(tqdm(self.test_loader, "testing", disable=not main, leave=False), self.recipe),
+                self.model,
+                or_exit(tqdm(loader, "testing", disable=not main, leave=False), self.recipe),
                 self.accelerator.gather_for_metrics,
             )
         if not main:
             return
-        results = self._results(predictions)
+        counts, names = self.data.class_counts, self.data.class_names
+        defects = loader.dataset.defects(predictions.left_out[:10])
+        finished = self.progress.step == self.total_steps
+        results = describe_run(self.recipe, self.progress, predictions, counts, names, defects, finished)
+        commits = {"commit": self.progress.commit, "commit_of_test": self.environment["commit"]}
+        results |= {
+            **describe_model(self.model),
+            "mixed_precision": self.accelerator.mixed_precision,
+            **self.environment,
+            **commits,
+        }
         ensemble = {
             f"test/{name}": value for name, value in results["test"]["plain"]["ensemble"].items() if value is not None
         }
         self.accelerator.log(ensemble, step=self.progress.step)
-        self.run.finish(self.plain.model, partial(self.add_card, results=results), results)
+        self.run.finish(self.model, partial(self.add_card, results=results), results)
         self.say(report(self.run))
         if broken := results["broken_pictures"]["first"]:
             found = results["broken_pictures"]["train"] + results["broken_pictures"]["test"]
             self.say("\n".join([f"{found} pictures could not be decoded and were skipped:", *broken]))
-        if self.recipe.hub.push and results["finished"]:
+        if self.recipe.hub.push and finished:
             self._upload()
-
-    def _results(self, predictions: Predictions) -> dict[str, Any]:
-        progress, counts = self.progress, self.data.class_counts
-        recorded = asdict(self.recipe)
-        for key in ("path", "train_list", "test_list", "split"):
-            if recorded["data"][key]:  # where it lies is this machine's affair
-                recorded["data"][key] = Path(recorded["data"][key]).resolve().name
-        return {
-            "method": self.recipe.method,
-            "seed": self.recipe.seed,
-            "finished": progress.step == self.total_steps,
-            "epochs": progress.epoch,
-            "steps": progress.step,
-            "test": summarise(predictions, counts),
-            "test_images": len(predictions.labels),
-            "broken_pictures": {
-                "train": len(progress.broken),
-                "test": len(predictions.left_out),
-                "first": progress.broken[:10] + self.test_loader.dataset.defects(predictions.left_out[:10]),
-            },
-            "skipped_steps": progress.skipped,
-            "class_counts": counts,
-            "class_names": self.data.class_names,
-            "shot_groups": {name: int(mask.sum()) for name, mask in shot_groups(counts).items()},
-            **self.size,
-            "training_seconds": progress.total_seconds + progress.seconds,
-            "mixed_precision": self.accelerator.mixed_precision,
-            **self.environment,
-            "commit": progress.commit,
-            "commit_of_test": self.environment["commit"],
-            "recipe": recorded,
-        }
 
     def _upload(self) -> None:
         repo_id = self.recipe.hub.repo_id

@@ -169,12 +169,17 @@ def own_generators() -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
+def draw_seed(*entropy: int) -> int:
+    """A seed that depends on these numbers alone."""
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+
 def draw(views: dict[str, View], image: Image.Image, entropy: Sequence[int]) -> dict[str, Tensor]:
     """All views of a picture, random ones before they are normalised; the numbers alone decide the augmentation.
 
     The global generators are seeded.
     """
-    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    seed = draw_seed(*entropy)
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
@@ -270,7 +275,7 @@ def train_loader(
     partners: Sampler | None = None,
     settings: Any = None,
 ) -> DataLoader:
-    """Full batches of the data set's `epoch`, each in equal parts for processes and accumulation; see `EpochSampler`."""
+    """Full batches of an epoch (see `EpochSampler`), each in equal parts for processes and accumulation."""
     views = dataset.views | ({"partner_pixel_values": dataset.views["pixel_values"]} if partners else {})
     return DataLoader(
         dataset,

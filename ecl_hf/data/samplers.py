@@ -1,6 +1,6 @@
-"""Which picture comes next: pure functions of seed, epoch and labels, the same with any number of processes and workers.
+"""Which picture comes next: pure functions of seed, epoch and labels.
 
-Nothing is saved: a resumed run computes where it stood.
+The same with any number of processes and workers. Nothing is saved: a resumed run computes where it stood.
 """
 
 from collections.abc import Callable
@@ -67,7 +67,7 @@ def class_balanced(power: float | Callable[[Any], float] = 1.0) -> Sampler:
 
 
 def reversed_classes(draw: Draw) -> np.ndarray:
-    """Draws with replacement, each class with a probability in proportion to `1 / n_c` (BBN, Sec. 3): rare ones lead."""
+    """Draws with replacement, each class with a probability in proportion to `1 / n_c` (BBN, Sec. 3)."""
     return class_balanced(2.0)(draw)
 
 

@@ -41,6 +41,7 @@ def predict(
     batches: Iterable[dict[str, Tensor]],
     gather: Callable[[Any], Any] = lambda tensors: tensors,
     with_features: bool = False,
+    with_flip: bool = True,
 ) -> Predictions:
     """Run the ensemble over a test set, each image as it is and mirrored.
 
@@ -50,6 +51,7 @@ def predict(
             label is -1 is left out.
         gather: joins tensors of all processes without the padding (`Accelerator.gather_for_metrics`).
         with_features: keep the features too.
+        with_flip: else the mirrored images are not looked at, and `flipped_logits` are those of the images as they are.
     """
     asked = {"output_features": True} if with_features else {}
     was_training = model.training
@@ -58,7 +60,7 @@ def predict(
     for batch in batches:
         pixel_values = batch["pixel_values"]
         output = model(pixel_values, **asked)
-        flipped = model(pixel_values.flip(-1)).expert_logits
+        flipped = model(pixel_values.flip(-1)).expert_logits if with_flip else output.expert_logits
         tensors = [batch["labels"], output.expert_logits.float(), flipped.float()]
         if with_features:
             tensors.append(output.features.float())

@@ -59,6 +59,8 @@ def synchronise_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cuda":
         return convert_sync_batchnorm(module)
     for layer in layers:
+        if type(layer) in SHARED.values():
+            continue
         if type(layer) not in SHARED:
             raise ValueError(f"train.sync_batchnorm has no {type(layer).__name__} for {device.type}")
         layer.__class__ = SHARED[type(layer)]

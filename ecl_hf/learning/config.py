@@ -1,6 +1,6 @@
 """The recipe's sections `model`, `optim` and `train`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ecl_hf.checks import check_values, require
@@ -14,8 +14,10 @@ class ModelConfig:
     """timm name of every expert's encoder."""
     pretrained: bool | str = False
     """Weights that every encoder starts from: true (timm's own), a local file, or a Hub repository in timm's format."""
-    num_experts: int = 3
-    """Number of experts K; methods that are defined for one expert train one."""
+    num_experts: int | None = None
+    """Number of experts K; the method's own when not given: 3 for most that train several."""
+    teacher: str | None = None
+    """Finished model that a method with a teacher learns from: run folder, model directory, or Hub repository."""
     share_stages: int = 0
     """Stages of the encoder, with its stem, that are one for all experts: cheaper, and not the paper's."""
     classifier: Literal["linear", "cosine"] = "linear"
@@ -28,7 +30,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_values(self, "model.")
         require(self.classifier_scale > 0, f"model.classifier_scale must be positive, got {self.classifier_scale}")
-        require(self.num_experts >= 1, f"model.num_experts must be at least 1, got {self.num_experts}")
+        least = self.num_experts is None or self.num_experts >= 1
+        require(least, f"model.num_experts must be at least 1, got {self.num_experts}")
         require(self.share_stages >= 0, f"model.share_stages must not be negative, got {self.share_stages}")
         require(
             self.image_size is None or self.image_size >= 8,
@@ -38,20 +41,48 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    """SGD with a cosine schedule to zero."""
+    """The optimiser, and the learning rate's course; both begin anew with each stage of a method."""
 
+    name: str = "sgd"
+    """`sgd`, or another of timm's optimizers: adamw, lamb, ..."""
     lr: float = 0.01
-    """Learning rate at the start, for the global batch."""
+    """Learning rate at its highest, for the global batch."""
     momentum: float = 0.9
-    """Momentum of SGD."""
+    """Momentum of SGD, and of those of timm's that have one."""
+    nesterov: bool = False
+    """Nesterov's momentum for SGD."""
     weight_decay: float = 0.005
-    """Weight decay of all parameters."""
+    """Weight decay of all parameters but those of `no_decay`."""
+    no_decay: list[Literal["norm", "bias", "head"]] = field(default_factory=list)
+    """Parameters without weight decay: of normalisation layers, biases, classification heads."""
+    layer_decay: float | None = None
+    """Factor on the learning rate from each layer of an encoder to the one below it; for pretrained encoders."""
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    """Course of the learning rate within a stage: half a cosine to zero, step by step; `step` at the milestones."""
+    milestones: list[float] = field(default_factory=lambda: [0.8, 0.9])
+    """Shares of the stage after which `step` multiplies the learning rate by `step_factor`."""
+    step_factor: float = 0.1
+    """Factor at each milestone."""
+    warmup_epochs: float = 0.0
+    """Epochs at the start of each stage in which the learning rate rises linearly, step by step; part of the stage."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient over all parameters; longer ones are scaled down."""
+    ema: float | None = None
+    """Decay of an average of the weights, such as 0.999; the average is what is tested and published."""
 
     def __post_init__(self) -> None:
         check_values(self, "optim.")
         require(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
         require(0 <= self.momentum < 1, f"optim.momentum must lie in [0, 1), got {self.momentum}")
-        require(self.weight_decay >= 0, f"optim.weight_decay must not be negative, got {self.weight_decay}")
+        require(self.momentum > 0 or not self.nesterov, "optim.nesterov needs optim.momentum")
+        for name in ("weight_decay", "warmup_epochs"):
+            require(getattr(self, name) >= 0, f"optim.{name} must not be negative, got {getattr(self, name)}")
+        inside = all(0 < share < 1 for share in self.milestones) and sorted(self.milestones) == self.milestones
+        require(inside, f"optim.milestones must rise between 0 and 1, got {self.milestones}")
+        for name in ("layer_decay", "step_factor", "clip_grad"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"optim.{name} must be positive, got {value}")
+        require(self.ema is None or 0 < self.ema < 1, f"optim.ema must lie between 0 and 1, got {self.ema}")
 
 
 @dataclass(kw_only=True)

@@ -38,23 +38,25 @@ class StepCheck:
         """Forget the last step."""
         self.values: list[dict[str, Tensor]] = []
         self.keys: list[Tensor] = []
+        self.labels: list[Tensor] = []
         self.pictures: list[Tensor] = []
         self._statistics = {}
         if self.undo:
             self._statistics = {name: buffer.clone() for name, buffer in statistics(self.task).items()}
 
-    def add(self, out: dict[str, Any], keys: Tensor | None, pictures: Tensor) -> None:
+    def add(self, out: dict[str, Any], keys: tuple[Tensor, Tensor] | None, pictures: Tensor) -> None:
         """Take a micro-batch.
 
         Args:
             out: what the task returned for it.
-            keys: of all processes, [B, K, P].
+            keys: of all processes, [B, K, P], and their labels, [B].
             pictures: positions of this process's pictures in the data set, [B].
         """
         self.values.append({"loss": out["loss"].detach(), **out["terms"]})
         self.pictures.append(pictures)
         if keys is not None:
-            self.keys.append(keys)
+            self.keys.append(keys[0])
+            self.labels.append(keys[1])
 
     def judge(self, stop: bool = False) -> tuple[bool, bool]:
         """Whether losses and gradients are finite in all processes, and whether any of them was asked to stop."""

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from ecl_hf.backbones import create_encoder
 from ecl_hf.configuration_ecl import ECLConfig
 from ecl_hf.learning.config import ModelConfig
-from ecl_hf.methods import Method
+from ecl_hf.methods.base import HeadKind, Method
 from ecl_hf.modeling_ecl import ECLForImageClassification, data_config
 
 _PROBE_SEED = 0x0DD5EED
@@ -18,30 +18,38 @@ _PROBE_SEED = 0x0DD5EED
 
 
 def initialise_model(
-    config: ModelConfig, method: Method, class_counts: list[int], class_names: list[str]
+    config: ModelConfig, method: Method, class_counts: list[int], class_names: list[str], settings: Any = None
 ) -> ECLForImageClassification:
     """Build the ensemble that a method trains.
 
     Args:
         config: the recipe's model section.
-        method: bounds the number of experts and says which prior the logits will carry.
+        method: knows the number of experts, the kind of its heads, and which prior the logits will carry.
         class_counts: training images of each class, [C].
         class_names: [C].
+        settings: of the method.
 
     Raises:
         ValueError: an unknown architecture, or pretrained weights that don't fit it.
         FileNotFoundError: no such file of pretrained weights.
     """
     model_args, pretrained_cfg, state = _encoder_settings(config)
+    num_experts = method.num_experts(config.num_experts)
+    head = method.head or HeadKind(config.classifier, config.classifier_scale)
+    prior = method.logit_prior
+    if callable(prior):
+        prior = prior(torch.tensor(class_counts, dtype=torch.float64).clamp_min(1), settings, num_experts).tolist()
     model = ECLForImageClassification(
         ECLConfig(
             architecture=config.architecture,
-            num_experts=method.experts(config.num_experts),
+            num_experts=num_experts,
             share_stages=config.share_stages,
-            classifier=config.classifier,
-            classifier_scale=config.classifier_scale,
+            classifier=head.kind,
+            classifier_scale=head.scale,
+            classifier_bias=head.bias,
+            classifier_chunks=head.chunks,
             class_counts=class_counts,
-            logit_prior=method.logit_prior,
+            logit_prior=prior,
             model_args=model_args or None,
             pretrained_cfg=pretrained_cfg,
             id2label=dict(enumerate(class_names)),

@@ -1,14 +1,17 @@
 """The collaborative task: an ensemble, and whatever exists only to train it."""
 
+from dataclasses import replace
+from typing import Any
+
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecl_hf.heads import create_head, log_prior_shift
-from ecl_hf.learning.momentum import KeyQueue, MomentumEncoder, follow, frozen_copy
+from ecl_hf.learning.momentum import KeyQueue, MomentumEncoder, create_projector, follow, frozen_copy
 from ecl_hf.losses import full_precision
-from ecl_hf.methods import Method, TaskOutputs
-from ecl_hf.methods.settings import LossConfig
+from ecl_hf.methods.base import Method, Part, PartsContext, PerImage, Stage, TaskOutputs, Time, ViewOutputs
 from ecl_hf.modeling_ecl import ECLForImageClassification
 
 TWO_PASSES = "mtia.disable_welford_reduction"
@@ -17,52 +20,114 @@ calculating for longer than it takes to read the activations twice."""
 
 
 class CollaborativeTask(nn.Module):
-    """Joint training of K experts by a method's terms (Eq. 11); export `task.model`.
+    """Joint training of K experts by the terms of a method's stage (Eq. 11); export `task.model`.
 
     All trainable work happens in one `forward`, so that distributed wrappers see it. `forward` changes no state of the
     momentum branch: the loop calls `enqueue` after each batch and `follow` after each optimiser step.
 
     Args:
         model: the ensemble; its config's `class_counts` give the prior of the training set.
-        method: what to train; only the branches that its terms need are built.
-        config: weights and constants of the terms.
+        method: what to train.
+        settings: constants of the method; its defaults when None.
+        stage: position of the stage; only the branches and parts that its terms need are built.
+        labels: of the training pictures, [N]; for parts that keep something for each picture.
+        teacher: finished model of the method's teacher; it is used, never trained, and no part of the saved state.
 
     Raises:
-        ValueError: the model does not know its class counts, or a method for one expert meets several.
+        ValueError: the model does not know its class counts, has more or fewer experts than the method is made for, or
+            the stage has a teacher that is missing.
     """
 
-    def __init__(self, model: ECLForImageClassification, method: Method, config: LossConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: ECLForImageClassification,
+        method: Method,
+        settings: Any = None,
+        stage: int = 0,
+        labels: Tensor | None = None,
+        teacher: ECLForImageClassification | None = None,
+    ) -> None:
         super().__init__()
-        config = config or LossConfig()
         if model.config.class_counts is None:
             raise ValueError("the model's config needs class_counts: the training images of each class")
-        num_experts = len(model.experts)
-        if method.max_experts is not None and num_experts > method.max_experts:
-            raise ValueError(f"this method trains {method.max_experts} expert, but the model has {num_experts}")
+        num_experts = method.num_experts(len(model.experts))
         self.model = model
         self.method = method
-        self.loss_config = config
+        self.stage: Stage = method.stages[stage]
+        self.settings = settings = settings or method.settings()
+        self.time = Time()
+        self._teacher = [teacher.eval().requires_grad_(False)] if teacher is not None else []  # hidden from state_dict
+        if "teacher" in self.stage.needs and not self._teacher:
+            raise ValueError(f"stage {self.stage.name!r} needs a teacher: a finished model of {method.teacher}")
         self.register_buffer("log_prior_shift", log_prior_shift(model.config.class_counts), persistent=False)
         counts = torch.tensor(model.config.class_counts, dtype=torch.float32).clamp_min(1)
         self.register_buffer("log_class_counts", counts.log(), persistent=False)
 
         width = model.experts[0].head.in_features
         self.references = self.projectors = self.momentum = self.momentum_trunk = self.queue = None
-        if "reference" in method.needs:
+        if "reference" in self.stage.needs:
             self.references = nn.ModuleList(create_head(model.config, width) for _ in range(num_experts))
-        if "momentum" in method.needs:
-            self.projectors = nn.ModuleList(
-                nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.projection_dim))
-                for _ in range(num_experts)
-            )
+        if "momentum" in self.stage.needs:
+            self.projectors = nn.ModuleList(create_projector(width, settings) for _ in range(num_experts))
             pairs = zip(model.experts, self.projectors, strict=True)
             self.momentum = nn.ModuleList(MomentumEncoder(expert.backbone, projector) for expert, projector in pairs)
             if model.trunk is not None:
                 self.momentum_trunk = frozen_copy(model.trunk)
-            self.queue = KeyQueue(num_experts, config.queue_size, config.projection_dim)
+            self.queue = KeyQueue(num_experts, settings.queue_size, settings.projection_dim)
+        context = PartsContext(model, settings, torch.tensor(model.config.class_counts), labels)
+        self.parts = nn.ModuleDict({term.name: term.part(context) for term in self.stage.terms if term.part})
+        self.average: ModelEmaV3 | None = None
+        self._freeze()
+
+    def keep_average(self, decay: float) -> None:
+        """Keep an average of the model's weights, `average.module`, which follows after each optimiser step."""
+        self.average = ModelEmaV3(self.model, decay=decay)
+
+    def _freeze(self) -> None:
+        """Let those parameters move that the stage trains; what stays for good is in evaluation mode."""
+        for name, parameter in self.named_parameters():
+            if not name.startswith(("momentum.", "momentum_trunk.", "average.")):
+                parameter.requires_grad_(self.stage.trains.parameters(name))
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            raise ValueError(f"stage {self.stage.name!r} trains no parameter of this model")
+
+    def train(self, mode: bool = True) -> "CollaborativeTask":
+        """Training mode for what the stage trains; encoders and heads that stay are in evaluation mode."""
+        super().train(mode)
+        if mode and not self.stage.trains.counts_on(self.settings):
+            pieces = [piece for expert in self.model.experts for piece in (expert.backbone, expert.head)]
+            for piece in filter(None, [self.model.trunk, *pieces]):
+                if not any(parameter.requires_grad for parameter in piece.parameters()):
+                    piece.eval()
+        return self
+
+    def adopt(self, earlier: "CollaborativeTask") -> None:
+        """Go on with the train-only modules of the stage before that this stage has too."""
+        for name in ("references", "projectors", "momentum", "momentum_trunk", "queue"):
+            if getattr(self, name) is not None and getattr(earlier, name) is not None:
+                setattr(self, name, getattr(earlier, name))
+        for name in self.parts.keys() & earlier.parts.keys():
+            if type(self.parts[name]) is type(earlier.parts[name]):
+                self.parts[name] = earlier.parts[name]
+        self._freeze()
+
+    @property
+    def teacher(self) -> ECLForImageClassification | None:
+        """The finished model that this one learns from."""
+        return self._teacher[0] if self._teacher else None
 
     def forward(
-        self, pixel_values: Tensor, labels: Tensor, contrast_pixel_values: Tensor | None = None
+        self,
+        pixel_values: Tensor,
+        labels: Tensor,
+        contrast_pixel_values: Tensor | None = None,
+        partner_pixel_values: Tensor | None = None,
+        partner_labels: Tensor | None = None,
+        mixed_labels: Tensor | None = None,
+        share: Tensor | None = None,
+        indices: Tensor | None = None,
+        label_counts: Tensor | None = None,
+        **views: Tensor,
     ) -> dict[str, Tensor | dict[str, Tensor] | None]:
         """Loss of one batch.
 
@@ -70,13 +135,27 @@ class CollaborativeTask(nn.Module):
             pixel_values: supervised view, [B, 3, H, W]; one forward serves classification and queries.
             labels: class indices, [B].
             contrast_pixel_values: second view, [B, 3, H, W]; read by methods with a momentum branch.
+            partner_pixel_values: pictures of the second stream, [B, 3, H, W], where the stage has one.
+            partner_labels: theirs, [B].
+            mixed_labels: the other class of each picture, [B], where the pictures are mixed.
+            share: of `labels` in them, [] or [B].
+            indices: positions of the pictures in the training set, [B].
+            label_counts: how often each class occurs among `labels`, and among `mixed_labels`, [2, C]: the mean over
+                all processes and micro-batches of the step. This batch's own when None.
+            **views: `view_0`, ...: the stage's further views, [B, 3, H, W].
 
         Returns:
             `loss` (Eq. 11, []), `terms` (the unweighted terms by name, []), and `keys` ([B, K, P] or None) for
             `enqueue`.
         """
-        output = self.model(pixel_values, output_features=True)
-        features = output.features.transpose(0, 1)
+        inputs = [pixel_values, *(views[f"view_{n}"] for n in range(len(self.stage.views)))]
+        if partner_pixel_values is not None:
+            inputs.append(partner_pixel_values)
+        output = self.model(inputs[0] if len(inputs) == 1 else torch.cat(inputs), output_features=True)
+        logits, features, others = output.expert_logits.transpose(0, 1), output.features.transpose(0, 1), []
+        if len(inputs) > 1:
+            pairs = zip(logits.split(len(labels), dim=1), features.split(len(labels), dim=1), strict=True)
+            (logits, features), *others = pairs
         ref_logits = queries = keys = None
         if self.references is not None:
             ref_logits = torch.stack([head(v) for head, v in zip(self.references, features, strict=True)])
@@ -87,10 +166,11 @@ class CollaborativeTask(nn.Module):
                 with torch.no_grad():
                     inputs = self.momentum_trunk(inputs)
             keys = torch.stack([encoder(inputs) for encoder in self.momentum])
+        taught = self._ask_teacher(pixel_values) if "teacher" in self.stage.needs else None
         with torch.autocast(pixel_values.device.type, enabled=False):
             outputs = TaskOutputs(
                 labels=labels,
-                cls_logits=output.expert_logits.transpose(0, 1),
+                cls_logits=logits,
                 features=features,
                 log_prior_shift=self.log_prior_shift,
                 log_class_counts=self.log_class_counts,
@@ -98,14 +178,37 @@ class CollaborativeTask(nn.Module):
                 queries=None if queries is None else F.normalize(*full_precision(queries), dim=-1),
                 keys=keys,
                 queues=None if self.queue is None else self.queue.keys,
+                queue_labels=None if self.queue is None else self.queue.labels,
+                indices=indices,
+                time=self.time,
+                views=tuple(ViewOutputs(*other) for other in others[: len(self.stage.views)]),
+                partner=ViewOutputs(*others[-1]) if partner_pixel_values is not None else None,
+                partner_labels=partner_labels,
+                teacher=taught,
+                heads=tuple(expert.head for expert in self.model.experts),
+                parts=dict(self.parts.items()),
             )
-            terms = {term.name: term.loss(outputs, self.loss_config) for term in self.method.terms}
-            loss = sum(self._weight(term.weight) * terms[term.name] for term in self.method.terms)
+            counts = (None, None) if label_counts is None else label_counts.unbind()
+            terms = self._terms(outputs, share, counts[0])
+            if mixed_labels is not None:
+                rest = self._terms(replace(outputs, labels=mixed_labels), 1 - share, counts[1])
+                terms = {name: value + rest[name] for name, value in terms.items()}
+            loss = sum(self._weight(term.weight, outputs) * terms[term.name] for term in self.stage.terms)
         return {
             "loss": loss,
             "terms": {name: value.detach() for name, value in terms.items()},
             "keys": None if keys is None else keys.transpose(0, 1),
         }
+
+    @torch.no_grad()
+    def _ask_teacher(self, pixel_values: Tensor) -> ViewOutputs:
+        output = self.teacher(pixel_values, output_features=True)
+        return ViewOutputs(*(x.transpose(0, 1).float() for x in (output.expert_logits, output.features)))
+
+    def _terms(self, outputs: TaskOutputs, share: Tensor | None, counts: Tensor | None) -> dict[str, Tensor]:
+        """Every term for one of the pictures' labels, times its share."""
+        losses = {term.name: term.loss(outputs, self.settings) for term in self.stage.terms}
+        return {name: mean_loss(value, outputs.labels, share, counts) for name, value in losses.items()}
 
     def compile_encoders(self) -> None:
         """Have `torch.compile` make faster code of all encoders at their first forward; the rest of a step is little.
@@ -122,17 +225,51 @@ class CollaborativeTask(nn.Module):
         for encoder in filter(None, [self.model.trunk, self.momentum_trunk, *encoders]):
             encoder.compile(options=options)
 
-    def _weight(self, name: str | None) -> float:
-        return 1.0 if name is None else getattr(self.loss_config, name)
+    def _weight(self, weight: Any, outputs: TaskOutputs) -> float:
+        if isinstance(weight, str):
+            return getattr(self.settings, weight)
+        return 1.0 if weight is None else weight(outputs, self.settings)
 
-    def enqueue(self, keys: Tensor) -> None:
-        """Put the keys of all processes into the queues, [B, K, P]; call it after each batch."""
-        self.queue.enqueue(keys)
+    def enqueue(self, keys: Tensor, labels: Tensor) -> None:
+        """Put keys [B, K, P] and labels [B] of all processes into the queues; call it after each batch."""
+        self.queue.enqueue(keys, labels)
 
     def follow(self) -> None:
-        """Move the momentum encoders towards the experts; call it once after each optimiser step."""
+        """Move the momentum encoders and the average towards the experts; call it once after each optimiser step."""
+        if self.average is not None:
+            self.average.update(self.model)
         if self.momentum is not None:
             for expert, projector, key in zip(self.model.experts, self.projectors, self.momentum, strict=True):
-                key.follow(expert.backbone, projector, self.loss_config.key_momentum)
+                key.follow(expert.backbone, projector, self.settings.key_momentum)
         if self.momentum_trunk is not None:
-            follow([self.momentum_trunk], [self.model.trunk], self.loss_config.key_momentum)
+            follow([self.momentum_trunk], [self.model.trunk], self.settings.key_momentum)
+        for part in self.parts.values():
+            part: Part
+            part.after_step()
+
+
+def mean_loss(
+    value: Tensor | PerImage, labels: Tensor, share: Tensor | None = None, label_counts: Tensor | None = None
+) -> Tensor:
+    """A term's loss as one number.
+
+    Args:
+        value: what the term returned.
+        labels: of the pictures, [B].
+        share: of these labels in mixed pictures, [] or [B]; a factor on the loss.
+        label_counts: pictures of each class in the whole step, divided by its micro-batches and processes, [C]: their
+            weights divide the loss, so that the mean over all of them is the weighted mean of the whole step.
+
+    Raises:
+        ValueError: a finished loss, and a share for each picture.
+    """
+    if isinstance(value, Tensor):
+        if share is not None and share.ndim:
+            raise ValueError("a share for each picture needs terms that return a loss for each picture")
+        return value if share is None else share * value
+    losses = value.losses if share is None else share * value.losses
+    if value.class_weights is None:
+        return losses.mean()
+    weights = value.class_weights.to(losses)
+    total = weights[labels].sum() if label_counts is None else (weights * label_counts).sum()
+    return (weights[labels] * losses).sum() / total

@@ -1,9 +1,12 @@
-"""What to train: each method is a tuple of loss terms, by its name in `METHODS`; one file per paper.
+"""What to train, by name in `METHODS`; one file per paper, and `base.py` with what methods are put together from.
 
-`base.py` says what a term and a method are, `settings.py` has the recipe's section `loss`.
+`README.md` has a row for each.
 """
 
-from ecl_hf.methods.base import Loss, Method, TaskOutputs, Term
-from ecl_hf.methods.ecl import METHODS
+from ecl_hf.methods import ecl
+from ecl_hf.methods.base import Loss, Method, Stage, TaskOutputs, Term
+from ecl_hf.methods.settings import Settings
 
-__all__ = ["METHODS", "Loss", "Method", "TaskOutputs", "Term"]
+METHODS: dict[str, Method] = {**ecl.METHODS}
+
+__all__ = ["METHODS", "Loss", "Method", "Settings", "Stage", "TaskOutputs", "Term"]

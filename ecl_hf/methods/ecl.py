@@ -1,20 +1,56 @@
-"""Methods as tuples of loss terms (Eq. 10 and 11, Table III, and the controls the paper lacks).
-
-To add one: write its loss in `losses.py`, a `Term` and an entry of `METHODS` here, a float64 loop in
-`tests/reference.py` with a test, and a row in the README.
-"""
+"""ECL (Xu et al., IEEE TMM 2023): Eq. 10 and 11, the rows of Table III, and the controls that the paper lacks."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ecl_hf import losses
-from ecl_hf.methods.base import Loss, Method, TaskOutputs, Term
-from ecl_hf.methods.settings import LossConfig
+from ecl_hf.checks import require
+from ecl_hf.methods.base import Experts, Loss, Method, Stage, TaskOutputs, Term
+from ecl_hf.methods.settings import MomentumSettings, Settings
 
 HARD_FRACTION = 0.3
 """Share of the classes that NCL mines as hard: 30 of 100, 300 of 1000, 2442 of 8142 in its published files."""
+
+
+@dataclass(kw_only=True)
+class BalancedSettings(Settings):
+    """Of the balanced cross-entropy (Eq. 3 and 10)."""
+
+    sup_reduction: Literal["mean", "sum"] = "mean"
+    """Supervision over the experts (Eq. 10): `mean` as printed; `sum` keeps each expert's gradient whole."""
+    tau: float = 1.0
+    """Strength of the class prior in the balanced cross-entropy (Eq. 3)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.tau >= 0, f"loss.tau must not be negative, got {self.tau}")
+
+
+@dataclass(kw_only=True)
+class ECLSettings(MomentumSettings, BalancedSettings):
+    """Weights and constants of the loss terms (Eq. 3 to 11)."""
+
+    alpha_logit: float = 0.6
+    """Weight of the logit distillation (Eq. 11)."""
+    alpha_feature: float = 0.6
+    """Weight of the feature distillation (Eq. 11)."""
+    beta: float = 1.0
+    """Weight of the contrastive proxy task (Eq. 11)."""
+    temperature: float = 1.0
+    """Temperature of both distillations (Eq. 7 and 8)."""
+    contrast_temperature: float = 0.2
+    """Temperature of the contrastive loss (Eq. 9)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("alpha_logit", "alpha_feature", "beta"):
+            require(getattr(self, name) >= 0, f"loss.{name} must not be negative, got {getattr(self, name)}")
+        for name in ("temperature", "contrast_temperature"):
+            require(getattr(self, name) > 0, f"loss.{name} must be positive, got {getattr(self, name)}")
 
 
 def _over_experts(logits: Tensor, out: TaskOutputs, tau: float, reduction: str) -> Tensor:
@@ -24,15 +60,15 @@ def _over_experts(logits: Tensor, out: TaskOutputs, tau: float, reduction: str) 
     return mean * k if reduction == "sum" else mean
 
 
-def _plain(out: TaskOutputs, config: LossConfig) -> Tensor:
+def _plain(out: TaskOutputs, config: ECLSettings) -> Tensor:
     return _over_experts(out.cls_logits, out, 0.0, config.sup_reduction)
 
 
-def _supervision(out: TaskOutputs, config: LossConfig) -> Tensor:
+def _supervision(out: TaskOutputs, config: ECLSettings) -> Tensor:
     return _over_experts(out.cls_logits, out, config.tau, config.sup_reduction)
 
 
-def _reference(out: TaskOutputs, config: LossConfig) -> Tensor:
+def _reference(out: TaskOutputs, config: ECLSettings) -> Tensor:
     return _over_experts(out.ref_logits, out, config.tau, config.sup_reduction)
 
 
@@ -56,20 +92,20 @@ def _inverted_weights(out: TaskOutputs) -> Tensor:
 
 
 def _logit(weights: Callable[[TaskOutputs], Tensor | None], detach_teacher: bool = False) -> Loss:
-    def loss(out: TaskOutputs, config: LossConfig) -> Tensor:
+    def loss(out: TaskOutputs, config: ECLSettings) -> Tensor:
         return losses.logit_distillation(out.cls_logits, weights(out), config.temperature, detach_teacher)
 
     return loss
 
 
 def _feature(detach_teacher: bool = False) -> Loss:
-    def loss(out: TaskOutputs, config: LossConfig) -> Tensor:
+    def loss(out: TaskOutputs, config: ECLSettings) -> Tensor:
         return losses.feature_distillation(out.features, config.temperature, detach_teacher)
 
     return loss
 
 
-def _contrastive(out: TaskOutputs, config: LossConfig) -> Tensor:
+def _contrastive(out: TaskOutputs, config: ECLSettings) -> Tensor:
     """Summed over experts, as printed in Eq. 9."""
     experts = zip(out.queries, out.keys, out.queues, strict=True)
     return sum(losses.info_nce(query, key, queue, config.contrast_temperature) for query, key, queue in experts)
@@ -80,19 +116,19 @@ def _hard(out: TaskOutputs) -> Tensor:
     return losses.hard_categories(out.cls_logits[0], out.labels, max(1, int(HARD_FRACTION * out.cls_logits.shape[-1])))
 
 
-def _nested_supervision(out: TaskOutputs, config: LossConfig) -> Tensor:  # noqa: ARG001
+def _nested_supervision(out: TaskOutputs, config: ECLSettings) -> Tensor:  # noqa: ARG001
     return losses.nested_cross_entropy(out.cls_logits, out.labels, out.log_class_counts, _hard(out))
 
 
-def _nested_distillation(out: TaskOutputs, config: LossConfig) -> Tensor:  # noqa: ARG001
+def _nested_distillation(out: TaskOutputs, config: ECLSettings) -> Tensor:  # noqa: ARG001
     return losses.nested_distillation(out.cls_logits, out.log_class_counts, _hard(out))
 
 
 _REFERENCE = frozenset({"reference"})
 _MOMENTUM = frozenset({"momentum"})
 
-PLAIN = Term("supervision", _plain)
-SUPERVISION = Term("supervision", _supervision)
+PLAIN = Term("supervision", _plain, two_labels=True)
+SUPERVISION = Term("supervision", _supervision, two_labels=True)
 REFERENCE = Term("reference", _reference, needs=_REFERENCE)
 UNWEIGHTED = Term("logit", _logit(_no_weights), "alpha_logit")
 BALANCED = Term("logit", _logit(_balanced_weights), "alpha_logit", _REFERENCE)
@@ -105,26 +141,31 @@ CONTRASTIVE = Term("contrastive", _contrastive, "beta", _MOMENTUM)
 NESTED_SUPERVISION = Term("supervision", _nested_supervision)
 NESTED_DISTILLATION = Term("logit", _nested_distillation, "alpha_logit")
 
+
+def _method(*terms: Term) -> Method:
+    return Method((Stage(terms),), ECLSettings)
+
+
 METHODS: dict[str, Method] = {
     # Single networks
-    "ce": Method((PLAIN,), max_experts=1, logit_prior="train"),
-    "bc": Method((SUPERVISION,), max_experts=1),
+    "ce": Method((Stage((PLAIN,)),), BalancedSettings, experts=Experts(1, most=1), logit_prior="train"),
+    "bc": Method((Stage((SUPERVISION,)),), BalancedSettings, experts=Experts(1, most=1)),
     # Table III, top to bottom: K independent experts, then balanced knowledge transfer (bkt), feature level
     # distillation (fld) and the contrastive proxy task (cpt)
-    "bc_ensemble": Method((SUPERVISION,)),
-    "bkt": Method((SUPERVISION, REFERENCE, BALANCED)),
-    "fld": Method((SUPERVISION, FEATURE)),
-    "cpt": Method((SUPERVISION, CONTRASTIVE)),
-    "bkt_cpt": Method((SUPERVISION, REFERENCE, BALANCED, CONTRASTIVE)),
-    "fld_cpt": Method((SUPERVISION, FEATURE, CONTRASTIVE)),
-    "ecl": Method((SUPERVISION, REFERENCE, BALANCED, FEATURE, CONTRASTIVE)),
+    "bc_ensemble": Method((Stage((SUPERVISION,)),), BalancedSettings),
+    "bkt": _method(SUPERVISION, REFERENCE, BALANCED),
+    "fld": _method(SUPERVISION, FEATURE),
+    "cpt": _method(SUPERVISION, CONTRASTIVE),
+    "bkt_cpt": _method(SUPERVISION, REFERENCE, BALANCED, CONTRASTIVE),
+    "fld_cpt": _method(SUPERVISION, FEATURE, CONTRASTIVE),
+    "ecl": _method(SUPERVISION, REFERENCE, BALANCED, FEATURE, CONTRASTIVE),
     # NCL as published, with its contrastive branch
-    "ncl": Method((NESTED_SUPERVISION, NESTED_DISTILLATION, CONTRASTIVE)),
+    "ncl": _method(NESTED_SUPERVISION, NESTED_DISTILLATION, CONTRASTIVE),
     # Controls
-    "kd": Method((SUPERVISION, UNWEIGHTED)),
-    "reference_only": Method((SUPERVISION, REFERENCE)),
-    "ecl_unweighted": Method((SUPERVISION, REFERENCE, UNWEIGHTED, FEATURE, CONTRASTIVE)),
-    "ecl_shuffled": Method((SUPERVISION, REFERENCE, SHUFFLED, FEATURE, CONTRASTIVE)),
-    "ecl_inverted": Method((SUPERVISION, REFERENCE, INVERTED, FEATURE, CONTRASTIVE)),
-    "ecl_detached": Method((SUPERVISION, REFERENCE, BALANCED_DETACHED, FEATURE_DETACHED, CONTRASTIVE)),
+    "kd": _method(SUPERVISION, UNWEIGHTED),
+    "reference_only": _method(SUPERVISION, REFERENCE),
+    "ecl_unweighted": _method(SUPERVISION, REFERENCE, UNWEIGHTED, FEATURE, CONTRASTIVE),
+    "ecl_shuffled": _method(SUPERVISION, REFERENCE, SHUFFLED, FEATURE, CONTRASTIVE),
+    "ecl_inverted": _method(SUPERVISION, REFERENCE, INVERTED, FEATURE, CONTRASTIVE),
+    "ecl_detached": _method(SUPERVISION, REFERENCE, BALANCED_DETACHED, FEATURE_DETACHED, CONTRASTIVE),
 }

@@ -6,14 +6,13 @@ checkpoints/     resumable state
 """
 
 import json
-import math
 import os
 import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from ecl_hf.runs.locks import FolderLock
 from ecl_hf.runs.recipe import Recipe
 
 FREE_TO_CHANGE = (
-    *("train.max_steps", "train.checkpoint_every", "train.keep_last", "data.path", "data.num_workers"),
+    *("train.max_steps", "train.checkpoint_every", "train.keep_last", "data.path", "data.num_workers", "model.teacher"),
     *("train.on_nonfinite", "train.timeout", "data.on_error", "data.train_list", "data.test_list", "data.split"),
     *("train.gradient_checkpointing", "train.experts_one_by_one"),
     *("hub.push", "hub.repo_id", "hub.private", "hub.every", "hub.license"),
@@ -44,7 +43,8 @@ class Progress:
     """How far a run has come.
 
     Attributes:
-        epoch: the running epoch, from 0.
+        stage: position of the running stage.
+        epoch: the running epoch of the run, from 0.
         batch: micro-batches of it that are done.
         step: optimiser steps of the whole run.
         seconds: training time of the running epoch.
@@ -53,9 +53,11 @@ class Progress:
         sums: loss terms summed over the running epoch's micro-batches.
         broken: training pictures that could not be decoded, in the whole run: split, row, file and reason.
         skipped: optimiser steps of the whole run that were left out: not finite, or overflown in half precision.
+        skipped_before: those of them before the running stage.
         missing: micro-batches of the running epoch that are not in its sums, because their step was left out.
     """
 
+    stage: int = 0
     epoch: int = 0
     batch: int = 0
     step: int = 0
@@ -65,29 +67,28 @@ class Progress:
     sums: dict[str, float] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
     skipped: int = 0
+    skipped_before: int = 0
     missing: int = 0
 
-    @property
-    def updates(self) -> int:
-        """Optimiser steps that moved the weights."""
-        return self.step - self.skipped
+    def updates_since(self, first_step: int) -> int:
+        """Optimiser steps that moved the weights in the running stage, which began with this step of the run."""
+        return self.step - first_step - (self.skipped - self.skipped_before)
 
-    def line(self, lr: float, images_per_batch: int) -> dict[str, float]:
+    def line(self, stage: str, lr: float, images_per_batch: int) -> dict[str, float | str]:
         """The epoch's entry in `metrics.jsonl`; epochs count from 1 there."""
         means = {name: value / (self.batch - self.missing) for name, value in self.sums.items()}
         speed = {"images_per_second": self.batch * images_per_batch / self.seconds, "lr": lr}
-        return {"epoch": self.epoch + 1, "step": self.step, **means, **speed}
+        return {"epoch": self.epoch + 1, "stage": stage, "step": self.step, **means, **speed}
 
     def next_epoch(self) -> "Progress":
         """The start of the epoch after this one."""
         seconds = self.total_seconds + self.seconds
-        kept = {"step": self.step, "commit": self.commit, "broken": self.broken, "skipped": self.skipped}
-        return Progress(epoch=self.epoch + 1, total_seconds=seconds, **kept)
+        begun = {"epoch": self.epoch + 1, "batch": 0, "seconds": 0.0, "total_seconds": seconds}
+        return replace(self, **begun, sums={}, missing=0)
 
-
-def cosine(step: int, total: int) -> float:
-    """The learning rate's factor in an optimiser step, counted from 0: from 1 to 0 along half a cosine."""
-    return (1 + math.cos(math.pi * step / total)) / 2
+    def next_stage(self) -> "Progress":
+        """The start of the stage after this one, at the start of an epoch."""
+        return replace(self, stage=self.stage + 1, skipped_before=self.skipped)
 
 
 class RunFolder:
@@ -150,9 +151,9 @@ class RunFolder:
     def _compare(self, recipe: Recipe) -> None:
         old, new = flatten(asdict(Recipe.from_file(self.recipe_file))), flatten(asdict(recipe))
         changed = [
-            f"{key}: {old[key]} -> {new[key]}"
-            for key in sorted(old)
-            if old[key] != new[key] and key not in FREE_TO_CHANGE
+            f"{key}: {old.get(key)} -> {new.get(key)}"
+            for key in sorted(old | new)
+            if old.get(key) != new.get(key) and key not in FREE_TO_CHANGE
         ]
         if changed:
             raise ValueError(

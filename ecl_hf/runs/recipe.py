@@ -1,14 +1,21 @@
-"""A training run as one typed value, filled by a file of `training/recipes` and flags of `training/train.py`."""
+"""A training run as one typed value, filled by a file of `training/recipes` and flags of `training/train.py`.
 
+The sections lie in the rooms that they are for; which settings the section `loss` has depends on the method.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from ecl_hf.checks import check_values, require
 from ecl_hf.data.config import DataConfig
 from ecl_hf.learning.config import ModelConfig, OptimConfig, TrainConfig
-from ecl_hf.methods.settings import LossConfig
+from ecl_hf.methods import METHODS, Settings
 from ecl_hf.publishing.config import HubConfig
 
 
@@ -24,28 +31,50 @@ class Recipe:
     """Passes over the long-tailed training split."""
     batch_size: int = 64
     """Images of one optimiser step over all processes."""
+    stage_epochs: list[int] | None = None
+    """Epochs of each of the method's stages, which add up to `epochs`; the method's own shares when not given."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
+    loss: Settings = None
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     hub: HubConfig = field(default_factory=HubConfig)
 
     def __post_init__(self) -> None:
+        settings = settings_of(self.method)
+        if self.loss is None:
+            self.loss = settings()
+        require(
+            type(self.loss) is settings,
+            f"loss holds {type(self.loss).__name__}, but {self.method} takes {settings.__name__}",
+        )
         check_values(self, "")
         require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         require(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
         require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
+        if (given := self.stage_epochs) is not None:
+            stages = len(METHODS[self.method].stages)
+            require(len(given) == stages, f"stage_epochs has {len(given)} entries; {self.method} has {stages} stages")
+            require(
+                min(given) >= 1 and sum(given) == self.epochs,
+                f"stage_epochs {given} must be positive and add up to epochs, which is {self.epochs}",
+            )
+
+    @property
+    def epochs_of_stages(self) -> list[int]:
+        """Epochs of each stage; ValueError if there are fewer epochs than stages."""
+        return self.stage_epochs or METHODS[self.method].stage_epochs(self.epochs)
 
     @classmethod
-    def add_arguments(cls, parser: ArgumentParser) -> None:
-        """Give a parser the recipe's keys as dotted flags."""
-        parser.add_class_arguments(cls)
+    def add_arguments(cls, parser: ArgumentParser, method: str = "ecl") -> None:
+        """Give a parser the recipe's keys as dotted flags, with the settings of a method."""
+        parser.add_class_arguments(cls, skip={"loss"})
+        parser.add_class_arguments(settings_of(method), "loss", help=f"settings of {method}")
 
     @classmethod
     def from_arguments(cls, parser: ArgumentParser, arguments: Namespace) -> "Recipe":
         """The recipe among parsed arguments; a value out of range is a ValueError that names its key."""
-        for section in (item.name for item in fields(cls) if is_dataclass(item.type)):
+        for section in ("loss", *(item.name for item in fields(cls) if is_dataclass(item.type))):
             require(isinstance(arguments[section], Namespace), f"{section} must be a section with keys of its own")
         values = parser.instantiate(arguments)
         return cls(**{name: values[name] for name in cls.__dataclass_fields__})
@@ -55,9 +84,84 @@ class Recipe:
         """Read a YAML recipe; FileNotFoundError if there is none, ValueError with the key of a wrong entry."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"recipe {path} is not a file")
-        parser = ArgumentParser(exit_on_error=False)
-        cls.add_arguments(parser)
+        found = read_yaml(path)
         try:
+            method = found.get("method", "ecl")
+            check_settings(method, found.get("loss"))
+            parser = ArgumentParser(exit_on_error=False)
+            cls.add_arguments(parser, method)
             return cls.from_arguments(parser, parser.parse_path(path))
-        except ArgumentError as error:
+        except (ArgumentError, ValueError) as error:
             raise ValueError(f"recipe {path}: {error}") from error
+
+
+def settings_of(method: str) -> type[Settings]:
+    """Type of a method's settings; ValueError for an unknown method."""
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+    return METHODS[method].settings
+
+
+def check_settings(method: str, keys: Iterable[str] | None) -> None:
+    """Refuse settings that a method does not have, with the name of a method that has them."""
+    own = [item.name for item in fields(settings_of(method))]
+    for key in keys or ():
+        if key not in own:
+            others = [name for name, other in METHODS.items() if key in {item.name for item in fields(other.settings)}]
+            of = f", but of {', '.join(others[:5])}" if others else ""
+            has = f"it has {', '.join(own)}" if own else "it has none"
+            raise ValueError(f"loss.{key} is no setting of {method}{of}; {has}")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The keys of a recipe file as they stand there; nothing is checked but that it is YAML with keys."""
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"recipe {path} is no YAML file: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"recipe {path} must hold keys with values")
+    return found
+
+
+def prepare_flags(argv: Sequence[str]) -> tuple[list[str], str, list[str]]:
+    """Find out which method flags and recipe files choose, before a parser can know its settings.
+
+    A file's section `loss` is for the file's own method. Where a flag chooses another one, settings which that does not
+    have are left out.
+
+    Args:
+        argv: flags, `--recipe FILE` among them; the last word about a key counts.
+
+    Returns:
+        The flags, with such a file replaced by its content; the method; the settings that were left out.
+
+    Raises:
+        ValueError: a flag or a file names settings that its method does not have.
+    """
+    flags, method, files = [], "ecl", []
+    words = iter(argv)
+    for word in words:
+        name, given, value = word.partition("=")
+        if name in ("--recipe", "--method") and not given:
+            name, value = word, next(words, "")
+        if name == "--method":
+            method = value
+        elif name == "--recipe" and Path(value).is_file():
+            found = read_yaml(value)
+            method = found.get("method", method)
+            files.append((len(flags), found))
+        flags.append(f"{name}={value}" if name in ("--recipe", "--method") else word)
+    left_out = []
+    for position, found in files:
+        section = found.get("loss")
+        if isinstance(section, dict):
+            check_settings(found.get("method", method), section)
+            own = {item.name for item in fields(settings_of(method))}
+            if dropped := [key for key in section if key not in own]:
+                kept = {key: value for key, value in section.items() if key in own}
+                flags[position] = f"--recipe={json.dumps({**found, 'method': method, 'loss': kept})}"
+                left_out += [f"loss.{key}" for key in dropped]
+    given = (flag.partition("=")[0].removeprefix("--loss.") for flag in flags if flag.startswith("--loss."))
+    check_settings(method, given)
+    return flags, method, left_out

@@ -52,10 +52,10 @@ def frequencies(sampler, epochs=40):
 @pytest.mark.parametrize(
     ("sampler", "class_weight"),
     [
-        (class_balanced(), lambda n: 1.0),
+        (class_balanced(), lambda _: 1.0),
         (class_balanced(0.5), lambda n: n**0.5),
         (class_balanced(0.0), lambda n: n),
-        (class_balanced(lambda settings: 1.0), lambda n: 1.0),
+        (class_balanced(lambda _: 1.0), lambda _: 1.0),
         (reversed_classes, lambda n: 1 / n),
         (effective_number(0.99), lambda n: n / sum(0.99**j for j in range(n))),
     ],
@@ -123,7 +123,11 @@ def dataset(counts=(30, 6, 2)):
 def test_a_picture_that_comes_again_is_augmented_anew():
     pictures = dataset()
     loader = train_loader(pictures, 2, sampler=class_balanced())
-    seen = [(row, tuple(x.flatten().tolist())) for b in loader for row, x in zip(b["indices"], b["pixel_values"])]
+    seen = [
+        (row, tuple(x.flatten().tolist()))
+        for b in loader
+        for row, x in zip(b["indices"], b["pixel_values"], strict=True)
+    ]
     assert len({pixels for _, pixels in seen}) == len(seen) == 38
     assert len({int(row) for row, _ in seen}) < 30
     again = [tuple(x.flatten().tolist()) for batch in loader for x in batch["pixel_values"]]

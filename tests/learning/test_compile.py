@@ -10,7 +10,7 @@ from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.learning.memory import checkpoint_blocks, checkpoint_experts
 from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.methods import METHODS
-from ecl_hf.methods.settings import LossConfig
+from ecl_hf.methods.ecl import ECLSettings
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from ecl_hf.methods.settings import LossConfig
 )
 def test_forward_is_one_graph(method, saving):
     config = ECLConfig(architecture="test_resnet", num_experts=2, class_counts=[9, 5, 2])
-    task = CollaborativeTask(ECLForImageClassification(config), METHODS[method], LossConfig(queue_size=7)).train()
+    task = CollaborativeTask(ECLForImageClassification(config), METHODS[method], ECLSettings(queue_size=7)).train()
     for save in saving:
         save(task.model)
     views = torch.randn(2, 4, 3, 32, 32)
@@ -43,7 +43,7 @@ def test_forward_is_one_graph(method, saving):
 def test_compiled_encoders_share_their_graphs_and_give_the_same_gradients():
     torch.manual_seed(0)
     config = ECLConfig(architecture="test_resnet", num_experts=3, class_counts=[9, 5, 2])
-    task = CollaborativeTask(ECLForImageClassification(config), METHODS["ecl"], LossConfig(queue_size=7)).train()
+    task = CollaborativeTask(ECLForImageClassification(config), METHODS["ecl"], ECLSettings(queue_size=7)).train()
     views = torch.randn(2, 4, 3, 32, 32)
     batch = {"pixel_values": views[0], "labels": torch.arange(4) % 3, "contrast_pixel_values": views[1]}
     compiled = copy.deepcopy(task)

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from ecl_hf.learning.config import ModelConfig
 from ecl_hf.learning.initialise import initialise_model
-from ecl_hf.methods import METHODS, Method
+from ecl_hf.methods import METHODS
 
 NAMES = ["ant", "bee", "cow", "dog"]
 COUNTS = [40, 20, 9, 4]
@@ -77,19 +77,16 @@ def test_global_generator_decides_what_is_drawn(pretrained, tmp_path):
 
 @pytest.mark.parametrize(
     ("method", "asked", "made"),
-    [
-        ("ce", 3, 1),
-        ("bc", 5, 1),
-        ("bc", 1, 1),
-        ("ecl", 3, 3),
-        ("ecl", 1, 1),
-        (Method((), max_experts=2), 4, 2),
-        (Method((), max_experts=2), 1, 1),
-    ],
+    [("ce", None, 1), ("bc", 1, 1), ("ecl", None, 3), ("ecl", 5, 5), ("ecl", 1, 1)],
 )
-def test_method_bounds_the_number_of_experts(method, asked, made):
+def test_method_knows_the_number_of_experts(method, asked, made):
     model = initialise(method, architecture="resnet20_cifar", num_experts=asked)
     assert len(model.experts) == model.config.num_experts == made
+
+
+def test_method_for_fewer_experts_is_refused():
+    with pytest.raises(ValueError, match=r"made for 1 expert\(s\), not for model\.num_experts 3"):
+        initialise("bc", architecture="resnet20_cifar", num_experts=3)
 
 
 @pytest.mark.parametrize("method", METHODS)

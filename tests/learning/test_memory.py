@@ -15,10 +15,10 @@ from ecl_hf.learning.memory import checkpoint_blocks, checkpoint_experts, counte
 from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.losses import balanced_cross_entropy, info_nce, transfer_weights
 from ecl_hf.methods import METHODS
-from ecl_hf.methods.settings import LossConfig
+from ecl_hf.methods.ecl import ECLSettings
 
 COUNTS = [40, 20, 9, 2]
-LOSS = LossConfig(queue_size=12, projection_dim=5, beta=0.5)
+LOSS = ECLSettings(queue_size=12, projection_dim=5, beta=0.5)
 
 
 def build(

@@ -12,7 +12,7 @@ from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.learning.momentum import KeyQueue, MomentumEncoder
 from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.methods import METHODS
-from ecl_hf.methods.settings import LossConfig
+from ecl_hf.methods.ecl import ECLSettings
 
 BRANCHES = ["encoder", "projector"]
 
@@ -39,7 +39,7 @@ def values(tensors):
 def build_task(method="ecl", **config):
     model = ECLConfig(architecture="resnet20_cifar", num_experts=2, class_counts=[9, 5, 2, 1])
     config = {"queue_size": 7, "projection_dim": 5} | config
-    return CollaborativeTask(ECLForImageClassification(model), METHODS[method], LossConfig(**config)).train()
+    return CollaborativeTask(ECLForImageClassification(model), METHODS[method], ECLSettings(**config)).train()
 
 
 def draw_batch():
@@ -143,7 +143,7 @@ def test_projectors_are_those_of_moco_v2():
 
 def test_forward_leaves_queues_and_momentum_parameters_alone():
     task = build_task()
-    task.enqueue(task(**draw_batch())["keys"])
+    task.enqueue(task(**draw_batch())["keys"], torch.arange(4))
     before = values(task.queue.named_buffers()) | values(task.momentum.named_parameters())
     out = task(**draw_batch())
     out["loss"].backward()
@@ -155,7 +155,7 @@ def test_forward_leaves_queues_and_momentum_parameters_alone():
 def test_keys_of_a_batch_are_negatives_of_the_next():
     task, batch = build_task("cpt"), draw_batch()
     first = task(**batch)
-    task.enqueue(first["keys"])
+    task.enqueue(first["keys"], torch.arange(4))
     second = task(**batch)
     for k in range(2):
         assert_close(task.queue.keys[k, :4], first["keys"][:, k])
@@ -197,7 +197,7 @@ def test_queue_is_a_ring(sizes, num_experts):
     model = deque(queue.keys.transpose(0, 1).clone(), maxlen=7)
     for size in sizes:
         keys = draw_keys(size, num_experts)
-        queue.enqueue(keys)
+        queue.enqueue(keys, torch.arange(len(keys)))
         model.extend(keys)
         assert 0 <= queue.cursor < 7
         assert_close(oldest_first(queue), torch.stack(list(model), dim=1), rtol=0, atol=0)
@@ -206,9 +206,9 @@ def test_queue_is_a_ring(sizes, num_experts):
 def test_keys_are_replaced_in_place():
     """Only as many slots change as keys arrive: a ring, not a shift."""
     queue = KeyQueue(2, size=7, dim=5)
-    queue.enqueue(draw_keys(5))
+    queue.enqueue(draw_keys(5), torch.arange(5))
     before = queue.keys.clone()
-    queue.enqueue(draw_keys(4))
+    queue.enqueue(draw_keys(4), torch.arange(4))
     changed = (queue.keys != before).any(-1)
     assert changed.tolist() == [[True, True, False, False, False, True, True]] * 2
 
@@ -224,30 +224,30 @@ def test_new_queues_hold_different_unit_vectors():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_queue_keeps_its_dtype(dtype):
     queue, keys = KeyQueue(2, size=7, dim=5), draw_keys(3).to(dtype)
-    queue.enqueue(keys)
+    queue.enqueue(keys, torch.arange(len(keys)))
     assert_close(queue.keys[:, :3], keys.transpose(0, 1).float(), rtol=0, atol=0)
 
 
 def test_queue_keeps_no_graph():
     queue = KeyQueue(2, size=7, dim=5)
-    queue.enqueue(draw_keys(3).requires_grad_())
+    queue.enqueue(draw_keys(3).requires_grad_(), torch.arange(3))
     assert not queue.keys.requires_grad
 
 
 def test_queue_survives_its_state_dict():
     queue, copy = KeyQueue(2, size=7, dim=5), KeyQueue(2, size=7, dim=5)
-    queue.enqueue(draw_keys(10))
+    queue.enqueue(draw_keys(10), torch.arange(10))
     copy.load_state_dict(queue.state_dict())
     keys = draw_keys(3)
-    queue.enqueue(keys)
-    copy.enqueue(keys)
+    queue.enqueue(keys, torch.arange(len(keys)))
+    copy.enqueue(keys, torch.arange(len(keys)))
     assert_close(oldest_first(copy), oldest_first(queue), rtol=0, atol=0)
     assert copy.cursor == queue.cursor == 6
 
 
 def test_task_survives_its_state_dict():
     task, other = build_task(key_momentum=0.5), build_task(key_momentum=0.5)
-    task.enqueue(task(**draw_batch())["keys"])
+    task.enqueue(task(**draw_batch())["keys"], torch.arange(4))
     move(task.model)
     task.follow()
     other.load_state_dict(task.state_dict())
@@ -255,6 +255,6 @@ def test_task_survives_its_state_dict():
     ours, theirs = task(**batch), other(**batch)
     assert_close(ours, theirs, rtol=0, atol=0)
     for each, out in ((task, ours), (other, theirs)):
-        each.enqueue(out["keys"])
+        each.enqueue(out["keys"], torch.arange(4))
         each.follow()
     assert_close(other.state_dict(), task.state_dict(), rtol=0, atol=0)

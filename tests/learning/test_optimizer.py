@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.methods import METHODS
-from ecl_hf.methods.settings import LossConfig
+from ecl_hf.methods.ecl import ECLSettings
 
 LR, MOMENTUM, WEIGHT_DECAY = 0.05, 0.9, 5e-3
 
@@ -16,7 +16,7 @@ LR, MOMENTUM, WEIGHT_DECAY = 0.05, 0.9, 5e-3
 def test_fused_sgd_is_textbook_sgd_in_every_memory_format(memory_format):
     torch.manual_seed(0)
     config = ECLConfig(architecture="test_resnet", num_experts=2, class_counts=[9, 5, 2])
-    task = CollaborativeTask(ECLForImageClassification(config), METHODS["ecl"], LossConfig(queue_size=7))
+    task = CollaborativeTask(ECLForImageClassification(config), METHODS["ecl"], ECLSettings(queue_size=7))
     task.to(memory_format=memory_format).train()
     weights = [weight for weight in task.parameters() if weight.requires_grad]
     optimizer = torch.optim.SGD(weights, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)

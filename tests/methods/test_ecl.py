@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.learning.task import CollaborativeTask
-from ecl_hf.methods import METHODS, Method, TaskOutputs, Term, ecl
-from ecl_hf.methods.settings import LossConfig
+from ecl_hf.methods import Method, Stage, TaskOutputs, Term, ecl
+from ecl_hf.methods.ecl import ECLSettings
 from tests import reference
 
 COUNTS = [60, 40, 25, 15, 10, 6, 4, 2, 1, 1]
@@ -44,31 +44,17 @@ TERMS = {
     "NESTED_SUPERVISION": ("supervision", "encoder cls"),
     "NESTED_DISTILLATION": ("logit", "encoder cls"),
 }
-# Method: terms, most experts
-EXPECTED = {
-    "ce": ("PLAIN", 1),
-    "bc": ("SUPERVISION", 1),
-    "bc_ensemble": ("SUPERVISION", None),
-    "bkt": ("SUPERVISION REFERENCE BALANCED", None),
-    "fld": ("SUPERVISION FEATURE", None),
-    "cpt": ("SUPERVISION CONTRASTIVE", None),
-    "bkt_cpt": ("SUPERVISION REFERENCE BALANCED CONTRASTIVE", None),
-    "fld_cpt": ("SUPERVISION FEATURE CONTRASTIVE", None),
-    "ecl": ("SUPERVISION REFERENCE BALANCED FEATURE CONTRASTIVE", None),
-    "ncl": ("NESTED_SUPERVISION NESTED_DISTILLATION CONTRASTIVE", None),
-    "kd": ("SUPERVISION UNWEIGHTED", None),
-    "reference_only": ("SUPERVISION REFERENCE", None),
-    "ecl_unweighted": ("SUPERVISION REFERENCE UNWEIGHTED FEATURE CONTRASTIVE", None),
-    "ecl_shuffled": ("SUPERVISION REFERENCE SHUFFLED FEATURE CONTRASTIVE", None),
-    "ecl_inverted": ("SUPERVISION REFERENCE INVERTED FEATURE CONTRASTIVE", None),
-    "ecl_detached": ("SUPERVISION REFERENCE BALANCED_DETACHED FEATURE_DETACHED CONTRASTIVE", None),
-}
+OWN = ecl.METHODS
 
 
 def build(method, num_experts=2, counts=COUNTS, **config):
-    method = METHODS[method] if isinstance(method, str) else method
+    method = OWN[method] if isinstance(method, str) else method
     model = ECLConfig(architecture="resnet20_cifar", num_experts=num_experts, class_counts=counts, num_labels=10)
-    return CollaborativeTask(ECLForImageClassification(model), method, LossConfig(**CONFIG | config)).train()
+    return CollaborativeTask(
+        ECLForImageClassification(model),
+        method,
+        method.settings(**{k: v for k, v in (CONFIG | config).items() if hasattr(method.settings, k)}),
+    ).train()
 
 
 def draw_batch(dtype=torch.float32):
@@ -76,30 +62,27 @@ def draw_batch(dtype=torch.float32):
     return {"pixel_values": view, "labels": torch.tensor(LABELS), "contrast_pixel_values": contrast}
 
 
-def most_experts(method):
-    return METHODS[method].max_experts or 2
+def stage(*terms):
+    return Method((Stage(terms),), ecl.ECLSettings)
 
 
-def test_every_method_is_tested():
-    assert METHODS.keys() == EXPECTED.keys()
+def experts(method):
+    return min(OWN[method].num_experts(None), 2)
 
 
-@pytest.mark.parametrize("method", EXPECTED)
-def test_terms_and_branches(method):
-    terms, most = EXPECTED[method]
-    assert METHODS[method].terms == tuple(getattr(ecl, term) for term in terms.split())
-    assert METHODS[method].max_experts == most
-    assert METHODS[method].logit_prior == ("train" if method == "ce" else "uniform")
-    task = build(method, most_experts(method))
+@pytest.mark.parametrize("method", OWN)
+def test_only_branches_that_a_term_needs(method):
+    task = build(method, experts(method))
     branches = {name.partition(".")[0] for name, _ in task.named_parameters()} - {"model"}
-    momentum = {"projectors", "momentum"} if "CONTRASTIVE" in terms else set()
-    assert branches == momentum | ({"references"} if "REFERENCE" in terms else set())
-    assert (task.queue is not None) == ("CONTRASTIVE" in terms)
+    needs = task.stage.needs
+    momentum = {"projectors", "momentum"} if "momentum" in needs else set()
+    assert branches == momentum | ({"references"} if "reference" in needs else set())
+    assert (task.queue is not None) == ("momentum" in needs)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OWN)
 def test_every_parameter_learns(method):
-    task = build(method, most_experts(method))
+    task = build(method, experts(method))
     out = task(**draw_batch())
     out["loss"].backward()
     for name, parameter in task.named_parameters():
@@ -115,10 +98,9 @@ def test_every_parameter_learns(method):
     assert (out["keys"] is None) == (task.queue is None)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OWN)
 def test_loss_is_the_weighted_sum_of_the_terms(method):
-    out = build(method, most_experts(method))(**draw_batch())
-    assert list(out["terms"]) == [TERMS[term][0] for term in EXPECTED[method][0].split()]
+    out = build(method, experts(method))(**draw_batch())
     assert not any(term.requires_grad for term in out["terms"].values())
     assert_close(out["loss"].detach(), sum(WEIGHTS[name] * term for name, term in out["terms"].items()))
 
@@ -128,7 +110,7 @@ def test_each_weight_has_its_own_term(weight):
     term = {"alpha_logit": "logit", "alpha_feature": "feature", "beta": "contrastive"}[weight]
     task, batch = build("ecl"), draw_batch()
     before = task(**batch)
-    task.loss_config = LossConfig(**CONFIG | {weight: CONFIG[weight] + 5.0})
+    task.settings = ECLSettings(**CONFIG | {weight: CONFIG[weight] + 5.0})
     after = task(**batch)
     assert_close(after["loss"] - before["loss"], 5.0 * before["terms"][term])
 
@@ -165,9 +147,9 @@ def test_a_class_without_images_counts_as_one(method):
     assert_close(task(**batch)["loss"], other(**batch)["loss"])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OWN)
 def test_autocast_leaves_the_loss_in_float32(method):
-    task, batch = build(method, most_experts(method)), draw_batch()
+    task, batch = build(method, experts(method)), draw_batch()
     exact = task(**batch)["terms"]
     with torch.autocast("cpu", torch.bfloat16):
         assert task.model.experts[0].backbone(batch["pixel_values"]).dtype == torch.bfloat16
@@ -188,7 +170,7 @@ def test_terms_are_computed_outside_autocast():
         seen.append((torch.is_autocast_enabled("cpu"), out.queries.dtype, out.keys.dtype, out.queues.dtype))
         return out.cls_logits.sum()
 
-    task = build(Method((Term("spy", spy, needs=frozenset({"momentum"})),)))
+    task = build(stage(Term("spy", spy, needs=frozenset({"momentum"}))))
     with torch.autocast("cpu", torch.bfloat16):
         task(**draw_batch())
     assert seen == [(False, torch.float32, torch.float32, torch.float32)]
@@ -208,8 +190,8 @@ def test_the_second_view_serves_the_keys_alone():
 
 @pytest.mark.parametrize("term", TERMS)
 def test_reach_of_a_term(term):
-    task = build(Method((ecl.REFERENCE, ecl.CONTRASTIVE, getattr(ecl, term))))
-    task.method = Method((getattr(ecl, term),))  # with all branches, of which the term may use any
+    task = build(stage(Term("branches", ecl.CONTRASTIVE.loss, needs=frozenset({"reference", "momentum"}))))
+    task.stage = Stage((getattr(ecl, term),))  # with all branches, of which the term may use any
     task.queue.keys.requires_grad_()
     task(**draw_batch())["loss"].backward()
     reached = set()
@@ -286,7 +268,7 @@ BY_LOOP = {
 @pytest.mark.parametrize("num_experts", [1, 3])
 def test_value_of_a_term(term, num_experts):
     out = draw_outputs(num_experts)
-    actual = getattr(ecl, term).loss(out, LossConfig(**CONFIG))
+    actual = getattr(ecl, term).loss(out, ECLSettings(**CONFIG))
     assert_close(actual, torch.tensor(BY_LOOP[term](out), dtype=torch.double), rtol=1e-9, atol=1e-12)
 
 
@@ -297,7 +279,7 @@ def test_ncl_mines_three_tenths_of_the_classes(num_classes, hard):
     log_counts = torch.tensor(counts, dtype=torch.double).log()
     out = TaskOutputs(labels, logits, logits, torch.zeros_like(log_counts), log_counts)
     expected = reference.ncl_cross_entropy(logits.tolist(), [0], counts, hard)
-    actual = ecl.NESTED_SUPERVISION.loss(out, LossConfig())
+    actual = ecl.NESTED_SUPERVISION.loss(out, ECLSettings())
     assert_close(actual, torch.tensor(expected, dtype=torch.double), rtol=1e-9, atol=0)
 
 
@@ -308,7 +290,7 @@ def test_shuffled_weights_are_a_permutation_within_the_batch():
         distillation(out, [[w[i] for i in order] for w, order in zip(weights, chosen, strict=True)])
         for chosen in product(orders, repeat=2)
     ]
-    seen = {ecl.SHUFFLED.loss(out, LossConfig(**CONFIG)).item() for _ in range(20)}
+    seen = {ecl.SHUFFLED.loss(out, ECLSettings(**CONFIG)).item() for _ in range(20)}
     assert all(min(abs(value - p) for p in possible) < 1e-12 for value in seen)
     assert len(seen) > 3
 
@@ -318,7 +300,7 @@ def test_detached_terms_teach_without_learning(kind):
     out = draw_outputs(2, num_images=1)
     scores = (out.cls_logits if kind == "BALANCED" else out.features).requires_grad_()
     both, student = (
-        torch.autograd.grad(getattr(ecl, name).loss(out, LossConfig(**CONFIG)), scores)[0]
+        torch.autograd.grad(getattr(ecl, name).loss(out, ECLSettings(**CONFIG)), scores)[0]
         for name in (kind, f"{kind}_DETACHED")
     )
     fixed, weights, temperature = scores.tolist(), transfer_weights(out), CONFIG["temperature"]
@@ -334,7 +316,7 @@ def test_detached_terms_teach_without_learning(kind):
 @pytest.mark.parametrize("term", ["PLAIN", "SUPERVISION", "REFERENCE"])
 def test_summed_supervision(term):
     out, loss = draw_outputs(3), getattr(ecl, term).loss
-    mean, summed = (loss(out, LossConfig(**CONFIG, sup_reduction=name)) for name in ("mean", "sum"))
+    mean, summed = (loss(out, ECLSettings(**CONFIG, sup_reduction=name)) for name in ("mean", "sum"))
     assert_close(summed, 3 * mean)
 
 
@@ -342,7 +324,7 @@ def test_summed_supervision(term):
 def test_sup_reduction_is_for_the_supervision_of_eq_10(method):
     task, batch = build(method), draw_batch()
     mean = task(**batch)["terms"]
-    task.loss_config.sup_reduction = "sum"
+    task.settings.sup_reduction = "sum"
     summed = task(**batch)["terms"]
     for name, term in mean.items():
         times = 2 if name in ("supervision", "reference") and method == "ecl" else 1
@@ -401,7 +383,7 @@ def test_ncl_is_as_published():
 
 
 def test_paper_values_by_default():
-    config = LossConfig()
+    config = ECLSettings()
     assert (config.alpha_logit, config.alpha_feature, config.beta, config.tau) == (0.6, 0.6, 1.0, 1.0)
     assert (config.queue_size, config.projection_dim, config.contrast_temperature) == (1024, 64, 0.2)
     assert (config.key_momentum, config.sup_reduction, config.temperature) == (0.999, "mean", 1.0)

@@ -14,7 +14,7 @@ import yaml
 from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.data.config import DataConfig
 from ecl_hf.learning.config import ModelConfig, OptimConfig, TrainConfig
-from ecl_hf.methods.settings import LossConfig
+from ecl_hf.methods.ecl import ECLSettings
 from ecl_hf.runs.folder import Progress, RunFolder, describe_environment, describe_model, flatten, write_atomically
 from ecl_hf.runs.recipe import Recipe
 
@@ -97,7 +97,7 @@ def test_key_that_an_older_recipe_lacks_had_its_default(tmp_path):
     run.recipe_file.write_text(yaml.safe_dump(tree))
     run.check(Recipe(), resume=True)
     with pytest.raises(ValueError, match=r"resume: loss\.tau: 1\.0 -> 0\.5; "):
-        run.check(Recipe(loss=LossConfig(tau=0.5)), resume=True)
+        run.check(Recipe(loss=ECLSettings(tau=0.5)), resume=True)
 
 
 FREE = {
@@ -302,7 +302,7 @@ def test_interrupted_write_leaves_the_old_content(tmp_path, monkeypatch):
 def test_flatten():
     tree = {"a": 1, "b": {"c": None, "d": {"e": [1, 2]}}, "f": "x"}
     assert flatten(tree) == {"a": 1, "b.c": None, "b.d.e": [1, 2], "f": "x"}
-    assert flatten(asdict(LossConfig()), "loss.")["loss.tau"] == 1.0
+    assert flatten(asdict(ECLSettings()), "loss.")["loss.tau"] == 1.0
 
 
 def test_environment_of_a_run():

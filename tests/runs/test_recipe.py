@@ -11,7 +11,7 @@ from ecl_hf.data.config import DataConfig
 from ecl_hf.data.longtail import exponential_counts
 from ecl_hf.learning.config import ModelConfig, OptimConfig, TrainConfig
 from ecl_hf.methods import METHODS
-from ecl_hf.methods.settings import LossConfig
+from ecl_hf.methods.ecl import ECLSettings
 from ecl_hf.runs.folder import flatten
 from ecl_hf.runs.recipe import Recipe
 
@@ -47,7 +47,7 @@ PAPER = {
     "data.num_workers": 0,
     "model.architecture": "resnet32_cifar",
     "model.pretrained": False,
-    "model.num_experts": 3,
+    "model.num_experts": None,
     "model.share_stages": 0,
     "model.classifier": "linear",
     "model.classifier_scale": 16.0,
@@ -315,7 +315,7 @@ OTHER = Recipe(
         num_workers=2,
     ),
     model=ModelConfig(pretrained="weights.safetensors", num_experts=2, classifier="cosine", image_size=64),
-    loss=LossConfig(sup_reduction="sum", alpha_logit=0.0, beta=1e-7, key_momentum=1.0, queue_size=5),
+    loss=ECLSettings(sup_reduction="sum", alpha_logit=0.0, beta=1e-7, key_momentum=1.0, queue_size=5),
     optim=OptimConfig(lr=1e-5, momentum=0.0, weight_decay=5e-4),
     train=TrainConfig(gradient_accumulation_steps=2, compile=True, checkpoint_every=1, keep_last=1, max_steps=17),
 )

@@ -85,10 +85,10 @@ def compare_queues() -> None:
     """Put other keys into this process's queue, and see that they are still there before the next step's."""
     enqueue, left = CollaborativeTask.enqueue, []
 
-    def enqueue_and_mark(task: CollaborativeTask, keys: torch.Tensor) -> None:
+    def enqueue_and_mark(task: CollaborativeTask, keys: torch.Tensor, labels: torch.Tensor) -> None:
         if all(torch.equal(task.queue.keys, keys) for keys in left[-1:]):
             sys.stdout.write("the queue is as it was left\n")
-        enqueue(task, keys)
+        enqueue(task, keys, labels)
         task.queue.keys.neg_()
         left.append(task.queue.keys.clone())
 

@@ -25,8 +25,8 @@ TINY = [
     "--model.image_size=8",
     "--batch_size=16",
     "--epochs=3",
-    "--loss.queue_size=40",
 ]
+QUEUE = "--loss.queue_size=40"
 
 
 @pytest.fixture(autouse=True)
@@ -63,10 +63,10 @@ def assert_same_run(a: Path, b: Path) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_exports_only_what_inference_needs(method, tmp_path):
     run = train(tmp_path / "run", f"--method={method}", "--train.max_steps=2")
-    terms = {term.name for term in METHODS[method].terms}
-    assert set(epochs(run)[0]) == {"epoch", "step", "loss", "lr", *terms}
+    stage = METHODS[method].stages[0]
+    assert set(epochs(run)[0]) == {"epoch", "stage", "step", "loss", "lr", *(term.name for term in stage.terms)}
     results = json.loads((run / "results.json").read_text())
-    experts = METHODS[method].max_experts or 3
+    experts = METHODS[method].num_experts(None)
     assert len(results["test"]["plain"]["experts"]) == experts
     assert not results["finished"]
     assert results["machine"]["processes"] == 1

@@ -1,0 +1,70 @@
+"""What a run folder says of a finished run, and the short table of it."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ecl_hf.evidence.evaluation import Predictions, format_table, summarise
+from ecl_hf.evidence.metrics import shot_groups
+from ecl_hf.runs.folder import Progress, RunFolder
+from ecl_hf.runs.recipe import Recipe
+
+
+def describe_run(
+    recipe: Recipe,
+    progress: Progress,
+    predictions: Predictions,
+    class_counts: list[int],
+    class_names: list[str],
+    broken_test_pictures: list[str],
+    finished: bool,
+) -> dict[str, Any]:
+    """The content of `results.json`, but for the model's size and the environment.
+
+    Args:
+        recipe: of the run; paths keep their last part, since where they lead is this machine's affair.
+        progress: at the end of the run.
+        predictions: of the test set.
+        class_counts: training images of each class, [C].
+        class_names: [C].
+        broken_test_pictures: the first ones that could not be decoded.
+        finished: whether all epochs were trained.
+    """
+    recorded = asdict(recipe)
+    places = [*(("data", key) for key in ("path", "train_list", "test_list", "split")), ("model", "teacher")]
+    for section, key in places:
+        if (place := recorded[section][key]) and (section == "data" or Path(place).exists()):
+            recorded[section][key] = Path(place).resolve().name
+    return {
+        "method": recipe.method,
+        "seed": recipe.seed,
+        "finished": finished,
+        "epochs": progress.epoch,
+        "steps": progress.step,
+        "test": summarise(predictions, class_counts),
+        "test_images": len(predictions.labels),
+        "broken_pictures": {
+            "train": len(progress.broken),
+            "test": len(predictions.left_out),
+            "first": progress.broken[:10] + broken_test_pictures,
+        },
+        "skipped_steps": progress.skipped,
+        "class_counts": class_counts,
+        "class_names": class_names,
+        "shot_groups": {name: int(mask.sum()) for name, mask in shot_groups(class_counts).items()},
+        "training_seconds": progress.total_seconds + progress.seconds,
+        "recipe": recorded,
+    }
+
+
+def report(run: RunFolder) -> str:
+    """The short table of a finished run, and where things are."""
+    results = json.loads(run.results_file.read_text())
+    groups = ", ".join(f"{name} {count}" for name, count in results["shot_groups"].items())
+    lines = [f"top-1 of the shot groups and calibration error on the test split, in % (classes: {groups})"]
+    lines.append(format_table(results["test"]["plain"]))
+    if results["recipe"]["data"]["horizontal_flip"]:
+        lines += ["with test-time horizontal flip", format_table(results["test"]["flip"])]
+    lines += [f"{run.results_file}: all numbers", f"{run.model}: the model, for from_pretrained and pipeline"]
+    return "\n".join(lines)

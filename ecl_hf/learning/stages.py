@@ -1,0 +1,63 @@
+"""From one stage to the next: heads that are new, wrapped or folded, and views, samplers and checks of a stage."""
+
+from typing import Any
+
+import torch
+
+from ecl_hf.checks import require
+from ecl_hf.data.samplers import instance
+from ecl_hf.heads import describe_head
+from ecl_hf.methods.base import HeadContext, Method, Stage
+from ecl_hf.modeling_ecl import ECLForImageClassification
+
+
+def begin_heads(model: ECLForImageClassification, stage: Stage, settings: Any) -> None:
+    """Give the experts the heads that a stage starts with."""
+    if stage.heads == "keep":
+        return
+    context = HeadContext(settings, torch.tensor(model.config.class_counts))
+    for expert in model.experts:
+        if stage.heads == "new":
+            expert.head.reset_parameters()
+        else:
+            expert.head = stage.heads(expert.head, context).to(expert.head.weight.device)
+
+
+def fold_heads(model: ECLForImageClassification) -> None:
+    """Put published heads in the place of train-only ones, and their kind into the configuration."""
+    for expert in model.experts:
+        if hasattr(expert.head, "fold"):
+            expert.head = expert.head.fold()
+    for name, value in describe_head(model.experts[0].head).items():
+        setattr(model.config, name, value)
+
+
+def check_stages(method: Method, *, streaming: bool, pieces: int, teacher: str | None, name: str) -> None:
+    """See before a run that its method's stages can be carried out.
+
+    Args:
+        method: of the run.
+        streaming: whether the training pictures come as a stream.
+        pieces: into which the batch of a step is cut: processes times micro-batches.
+        teacher: what the recipe says.
+        name: of the method.
+
+    Raises:
+        ValueError: says what stands in the way.
+    """
+    if method.teacher is None:
+        require(teacher is None, f"model.teacher: {name} learns from no teacher")
+    elif teacher is None:
+        raise ValueError(
+            f"{name} learns from a finished {method.teacher} model: train one with `--method {method.teacher}` and "
+            "name its run folder, or its Hub repository, in model.teacher"
+        )
+    for stage in method.stages:
+        if streaming and (stage.sampler is not instance or stage.partners or any(term.part for term in stage.terms)):
+            raise ValueError(f"data.streaming: {name} chooses its pictures itself, which a stream does not allow")
+        for term in stage.terms:
+            require(
+                pieces == 1 or not term.whole_batch,
+                f"the term {term.name!r} of {name} needs the batch in one piece: one process, and "
+                "train.gradient_accumulation_steps 1",
+            )
