@@ -87,7 +87,7 @@ class Recipe:
         found = read_yaml(path)
         try:
             method = found.get("method", "ecl")
-            check_settings(method, found.get("loss"))
+            check_settings(method, found["loss"] if isinstance(found.get("loss"), dict) else ())
             parser = ArgumentParser(exit_on_error=False)
             cls.add_arguments(parser, method)
             return cls.from_arguments(parser, parser.parse_path(path))
@@ -102,10 +102,10 @@ def settings_of(method: str) -> type[Settings]:
     return METHODS[method].settings
 
 
-def check_settings(method: str, keys: Iterable[str] | None) -> None:
+def check_settings(method: str, keys: Iterable[str]) -> None:
     """Refuse settings that a method does not have, with the name of a method that has them."""
     own = [item.name for item in fields(settings_of(method))]
-    for key in keys or ():
+    for key in keys:
         if key not in own:
             others = [name for name, other in METHODS.items() if key in {item.name for item in fields(other.settings)}]
             of = f", but of {', '.join(others[:5])}" if others else ""

@@ -13,7 +13,7 @@ from ecl_hf.learning.config import ModelConfig, OptimConfig, TrainConfig
 from ecl_hf.methods import METHODS
 from ecl_hf.methods.ecl import ECLSettings
 from ecl_hf.runs.folder import flatten
-from ecl_hf.runs.recipe import Recipe
+from ecl_hf.runs.recipe import Recipe, prepare_flags
 
 FILES = sorted((Path(__file__).parents[2] / "training" / "recipes").glob("*.yaml"))
 
@@ -158,14 +158,16 @@ def nested(key, value):
 
 
 def test_defaults_are_the_papers():
-    assert flatten(asdict(Recipe())) == PAPER
+    values = flatten(asdict(Recipe()))
+    assert {key: values[key] for key in PAPER} == PAPER
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_recipe_files(file):
     recipe = Recipe.from_file(file)
-    assert flatten(asdict(recipe)) == PAPER | CHANGES[file.stem]
     assert recipe.method in METHODS
+    if file.stem in CHANGES:  # those of the paper, and what was measured with them
+        assert flatten(asdict(recipe)) == flatten(asdict(Recipe())) | CHANGES[file.stem]
 
 
 @pytest.mark.parametrize(
@@ -255,16 +257,16 @@ def test_range_of_every_bounded_key(key, allowed, refused, tmp_path):
     for value in allowed:
         assert flatten(asdict(from_text(tmp_path, nested(key, value))))[key] == value
     for value in refused:
-        with pytest.raises(ValueError, match=rf"^{key} must .*, got "):
+        with pytest.raises(ValueError, match=rf"{key} must .*, got "):
             from_text(tmp_path, nested(key, value))
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("hub: {push: true}\n", "^hub.push needs hub.repo_id$"),
-        ("hub: {every: 5}\n", "^hub.every needs hub.push$"),
-        ("hub: {push: true, repo_id: me/x, every: 0}\n", "^hub.every must be at least 1, got 0$"),
+        ("hub: {push: true}\n", "hub.push needs hub.repo_id$"),
+        ("hub: {every: 5}\n", "hub.every needs hub.push$"),
+        ("hub: {push: true, repo_id: me/x, every: 0}\n", "hub.every must be at least 1, got 0$"),
     ],
 )
 def test_uploads_need_a_repository(text, message, tmp_path):
@@ -338,7 +340,7 @@ def test_flags_override_the_recipe_file():
     flags = [f"--recipe={file}", "--optim.lr=5e-3", "--data.max_count=7", "--model.pretrained=true", "--seed", "4"]
     recipe = Recipe.from_arguments(parser, parser.parse_args(flags))
     expected = {"optim.lr": 0.005, "data.max_count": 7, "model.pretrained": True, "seed": 4}
-    assert flatten(asdict(recipe)) == PAPER | CHANGES["cifar10_lt_small"] | expected
+    assert flatten(asdict(recipe)) == flatten(asdict(Recipe())) | CHANGES["cifar10_lt_small"] | expected
 
 
 def test_configurations_are_not_shared():
@@ -367,3 +369,32 @@ def test_empty_or_senseless_values_are_named(text, message, tmp_path):
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         Recipe.from_file(tmp_path / "recipe.yaml")
+
+
+def test_a_setting_of_another_method_names_both(tmp_path):
+    with pytest.raises(ValueError, match=r"loss\.alpha_logit is no setting of bc, but of bkt, .*; it has"):
+        from_text(tmp_path, "method: bc\nloss:\n  alpha_logit: 0.5\n")
+    with pytest.raises(ValueError, match=r"loss\.alpha is no setting of ecl; it has .*alpha_logit"):
+        prepare_flags(["--loss.alpha=1"])
+
+
+@pytest.mark.parametrize("as_two_words", [False, True])
+def test_another_method_leaves_out_what_it_does_not_have(as_two_words, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("method: ecl\nepochs: 7\nloss:\n  sup_reduction: sum\n  beta: 0.5\n")
+    given = ["--recipe", str(file)] if as_two_words else [f"--recipe={file}"]
+    flags, method, left_out = prepare_flags([*given, "--method", "bc"])
+    assert (method, left_out) == ("bc", ["loss.beta"])
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--recipe", action="config")
+    Recipe.add_arguments(parser, method)
+    recipe = Recipe.from_arguments(parser, parser.parse_args(flags))
+    assert (recipe.method, recipe.epochs, recipe.loss.sup_reduction) == ("bc", 7, "sum")
+
+
+def test_stage_epochs_add_up():
+    with pytest.raises(ValueError, match=r"stage_epochs has 2 entries; bc has 1 stages"):
+        Recipe(method="bc", epochs=5, stage_epochs=[4, 1])
+    with pytest.raises(ValueError, match=r"stage_epochs \[4\] must be positive and add up to epochs, which is 5"):
+        Recipe(method="bc", epochs=5, stage_epochs=[4])
+    assert Recipe(method="bc", epochs=5).epochs_of_stages == [5]
