@@ -154,8 +154,8 @@ class ECLDisAlignHead(nn.Linear):
         return align_logits(super().forward(features), confidence, self.logit_scale, self.logit_bias)
 
 
-class ECLMemoryHead(nn.Module):
-    """Classifier with a memory of class centroids, of OLTR (Liu et al., CVPR 2019); [B, D] -> [B, C].
+class ECLMemoryHead(nn.Linear):
+    """Cosine classifier with a memory of class centroids, of OLTR (Liu et al., CVPR 2019); [B, D] -> [B, C].
 
     `scale * squash(x) . u(w_c)` of `x = r (v + e * o V)`: what the memory V says of the picture, by the class
     probabilities o, is added in the channels that e selects; the reach r is large near one of the centroids. `u`
@@ -163,40 +163,74 @@ class ECLMemoryHead(nn.Module):
     pictures unsure.
     """
 
-    def __init__(self, in_features: int, out_features: int, scale: float = 16.0) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.scale = in_features, out_features, scale
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, *, scale: float) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.scale = scale
         self.memory = nn.Parameter(torch.empty(out_features, in_features))
         self.probabilities = nn.Linear(in_features, out_features)
         self.selector = nn.Linear(in_features, in_features)
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Uniform weights; centroids at random places on the unit sphere."""
-        self.probabilities.reset_parameters()
-        self.selector.reset_parameters()
-        nn.init.uniform_(self.weight, -(self.in_features**-0.5), self.in_features**-0.5)
-        nn.init.normal_(self.memory, std=self.in_features**-0.5)
+        """Uniform weights; centroids at random places near the unit sphere."""
+        super().reset_parameters()
+        if "selector" in self._modules:  # nn.Linear calls this before there is one
+            self.probabilities.reset_parameters()
+            self.selector.reset_parameters()
+            nn.init.normal_(self.memory, std=self.in_features**-0.5)
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, D] -> [B, C]."""
-        memory = self.memory.detach()  # moved by the loss of the centroids alone
+        memory = self.memory.detach()  # the loss of the centroids alone moves it
         remembered = self.probabilities(features).softmax(-1) @ memory
         nearest = torch.cdist(features, memory).amin(1, keepdim=True)
         x = REACH / nearest.clamp_min(1e-6) * (features + self.selector(features).tanh() * remembered)
-        return self.scale * F.linear(x / (1 + x.norm(dim=-1, keepdim=True)), F.normalize(self.weight, dim=-1))
+        cosine = F.linear(x / (1 + x.norm(dim=-1, keepdim=True)), F.normalize(self.weight, dim=-1))
+        return self.scale * cosine if self.bias is None else self.scale * cosine + self.bias
 
 
-HEADS = (ECLHead, ECLCosineHead, ECLNormalisedHead, ECLDisAlignHead)
+class ECLNeckHead(nn.Module):
+    """A classifier behind a linear layer and ReLU; [B, D] -> [B, C].
+
+    Args:
+        in_features: D.
+        classifier: head on the layer's W channels.
+    """
+
+    def __init__(self, in_features: int, classifier: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, classifier.out_features
+        self.neck = nn.Linear(in_features, classifier.in_features)
+        self.classifier = classifier
+
+    def reset_parameters(self) -> None:
+        """A new layer and a new classifier."""
+        self.neck.reset_parameters()
+        self.classifier.reset_parameters()
+
+    def embed(self, features: Tensor) -> Tensor:
+        """What the classifier gets, [B, D] -> [B, W]."""
+        return self.neck(features).relu()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, D] -> [B, C]."""
+        return self.classifier(self.embed(features))
 
 
-def create_head(config: ECLConfig, in_features: int) -> nn.Linear:
+HEADS = (ECLHead, ECLCosineHead, ECLNormalisedHead, ECLDisAlignHead, ECLMemoryHead, ECLNeckHead)
+
+
+def create_head(config: ECLConfig, in_features: int) -> nn.Module:
     """A freshly initialised classifier of the configured kind.
 
     Raises:
         ValueError: the features can't be cut into `classifier_chunks` equal parts.
     """
+    classifier = _create_classifier(config, config.classifier_neck or in_features)
+    return ECLNeckHead(in_features, classifier) if config.classifier_neck else classifier
+
+
+def _create_classifier(config: ECLConfig, in_features: int) -> nn.Linear:
     shape = (in_features, config.num_labels, config.classifier_bias)
     match config.classifier:
         case "cosine":
@@ -205,6 +239,8 @@ def create_head(config: ECLConfig, in_features: int) -> nn.Linear:
             return ECLNormalisedHead(*shape, chunks=config.classifier_chunks)
         case "disalign":
             return ECLDisAlignHead(*shape)
+        case "memory":
+            return ECLMemoryHead(*shape, scale=config.classifier_scale)
     return ECLHead(*shape)
 
 

@@ -17,6 +17,8 @@ KINDS = {
     "normalised": {"classifier_chunks": 1},
     "chunks": {"classifier": "normalised", "classifier_chunks": 2},
     "disalign": {},
+    "memory": {"classifier_scale": 7.0},
+    "neck": {"classifier": "linear", "classifier_neck": 5},
 }
 
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -37,8 +39,30 @@ def unit(v):
     return [x / math.hypot(*v) for x in v]
 
 
+def dot(v, w):
+    return math.fsum(x * y for x, y in zip(v, w, strict=True))
+
+
+def layer(head, name, v):
+    return [dot(v, w) + b for w, b in zip(head[f"{name}.weight"], head[f"{name}.bias"], strict=True)]
+
+
+def remember(head, v):
+    """What enters the cosine of a head with a memory, in plain floats."""
+    memory, logits = head["memory"], layer(head, "probabilities", v)
+    shares = [math.exp(x - max(logits)) for x in logits]
+    said = [dot(shares, column) / sum(shares) for column in zip(*memory, strict=True)]
+    reach = 10 / min(math.dist(v, m) for m in memory)
+    selected = [math.tanh(x) for x in layer(head, "selector", v)]
+    x = [reach * (a + e * m) for a, e, m in zip(v, selected, said, strict=True)]
+    return [a / (1 + math.hypot(*x)) for a in x]
+
+
 def logit(kind, head, v, c):
     """One logit, in plain floats."""
+    if kind == "neck":
+        v = [max(x, 0.0) for x in layer(head, "neck", v)]
+        head = {name.removeprefix("classifier."): tensor for name, tensor in head.items()}
     w, b = head["weight"][c], head["bias"][c] if "bias" in head else 0.0
     if kind == "cosine":
         v, w = unit(v), [7.0 * x for x in unit(w)]
@@ -47,10 +71,12 @@ def logit(kind, head, v, c):
     if kind == "chunks":
         moved = [x - m for x, m in zip(v, head["centre"], strict=True)]
         v = unit(moved[:3]) + unit(moved[3:])
-    z = math.fsum(x * y for x, y in zip(v, w, strict=True)) + b
+    if kind == "memory":
+        v, w = remember(head, v), [7.0 * x for x in unit(w)]
+    z = dot(v, w) + b
     if kind == "disalign":
         u, (u0,) = head["confidence_weight"], head["confidence_bias"]
-        g = 1 / (1 + math.exp(-u0 - math.fsum(x * y for x, y in zip(v, u, strict=True))))
+        g = 1 / (1 + math.exp(-u0 - dot(v, u)))
         z = (1 + g * head["logit_scale"][c]) * z + g * head["logit_bias"][c]
     return z
 
@@ -61,7 +87,7 @@ def test_by_formula(kind, bias):
     head = create_head(configure(kind, classifier_bias=bias), WIDTH).double()
     fill(head)
     tensors = {name: tensor.tolist() for name, tensor in head.state_dict().items()}
-    assert ("bias" in tensors) == bias
+    assert any(name.removeprefix("classifier.") == "bias" for name in tensors) == bias
     features = torch.randn(3, WIDTH).double()
     logits = head(features)
     for i, c in itertools.product(range(3), range(NUM_CLASSES)):

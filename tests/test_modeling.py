@@ -555,6 +555,7 @@ def test_impossible_counts(counts):
         ({"classifier_scale": 0}, "classifier_scale must be positive"),
         ({"classifier_scale": "16"}, "classifier_scale"),
         ({"classifier_chunks": 0}, "classifier_chunks must be at least 1"),
+        ({"classifier_neck": -1}, "classifier_neck must lie in 0..65536"),
         ({"architecture": 32}, "architecture"),
         ({"class_counts": [3, 2, 1], "num_labels": 4}, "3 entries, but num_labels is 4"),
         ({"class_counts": [3, -1]}, "non-negative"),

@@ -189,9 +189,8 @@ def save_timm(model: ECLForImageClassification, expert: int, directory: Path) ->
     """
     chosen, config = model.experts[expert], model.config
     if type(chosen.head) is not ECLHead:
-        raise ValueError(
-            f"timm's models have linear classifiers: an expert with a {config.classifier} classifier can't be one"
-        )
+        kind = "layer before its classifier" if config.classifier_neck else f"{config.classifier} classifier"
+        raise ValueError(f"timm's models have linear classifiers: an expert with a {kind} can't be one")
     plain = timm.create_model(config.architecture, num_classes=config.num_labels, **(config.model_args or {}))
     classifier = plain.pretrained_cfg["classifier"]
     if not isinstance(classifier, str) or type(plain.get_submodule(classifier)) is not nn.Linear:

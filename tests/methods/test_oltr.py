@@ -18,7 +18,7 @@ def values(published):
 
 def head_of(values):
     centroids = values["centroids"]
-    head = ECLMemoryHead(centroids.shape[1], centroids.shape[0]).double()
+    head = ECLMemoryHead(centroids.shape[1], centroids.shape[0], scale=16.0).double()
     state = {f"probabilities.{key}": values[f"hallucinator_{key}"] for key in ("weight", "bias")}
     state |= {f"selector.{key}": values[f"selector_{key}"] for key in ("weight", "bias")}
     head.load_state_dict(state | {"memory": centroids, "weight": values["cosine_weight"]})
@@ -73,5 +73,5 @@ def test_the_answer_is_that_of_the_enriched_feature(values):
 
 
 def test_a_feature_on_its_centroid_has_finite_logits():
-    head = ECLMemoryHead(4, 3)
+    head = ECLMemoryHead(4, 3, scale=16.0)
     assert head(head.memory).isfinite().all()
