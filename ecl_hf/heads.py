@@ -246,7 +246,9 @@ def _create_classifier(config: ECLConfig, in_features: int) -> nn.Linear:
 
 def describe_head(head: nn.Module) -> dict[str, object]:
     """What the configuration says of a head, so that `create_head` makes one of its kind."""
-    described = {"classifier_bias": getattr(head, "bias", None) is not None}
+    if isinstance(head, ECLNeckHead):
+        return describe_head(head.classifier) | {"classifier_neck": head.classifier.in_features}
+    described = {"classifier_bias": head.bias is not None, "classifier_neck": 0}
     match head:
         case ECLCosineHead():
             return described | {"classifier": "cosine", "classifier_scale": head.scale}
@@ -254,4 +256,6 @@ def describe_head(head: nn.Module) -> dict[str, object]:
             return described | {"classifier": "normalised", "classifier_chunks": head.chunks}
         case ECLDisAlignHead():
             return described | {"classifier": "disalign"}
+        case ECLMemoryHead():
+            return described | {"classifier": "memory", "classifier_scale": head.scale}
     return described | {"classifier": "linear"}

@@ -551,6 +551,8 @@ def test_impossible_counts(counts):
         ({"num_experts": "3"}, "num_experts"),
         ({"num_experts": 3.0}, "num_experts"),
         ({"num_experts": None}, "num_experts"),
+        ({"share_blocks": -1}, "share_blocks must not be negative"),
+        ({"share_blocks": 2}, "needs share_stages"),
         ({"classifier": "mlp"}, "classifier.*'linear', 'cosine'"),
         ({"classifier_scale": 0}, "classifier_scale must be positive"),
         ({"classifier_scale": "16"}, "classifier_scale"),

@@ -240,8 +240,23 @@ def test_trunk_larger_than_an_expert_comes_back(tmp_path, num_experts):
         assert torch.equal(loaded(image).expert_logits, model(image).expert_logits[:, -1:])
 
 
-def test_expert_and_trunk_become_a_plain_timm_model(tmp_path):
-    model = ensemble(architecture="test_resnet", share_stages=1).eval()
+def test_shared_blocks_come_back(tmp_path):
+    model = ensemble(share_blocks=2).eval()
+    own = {name.removeprefix("backbone.layer3.")[0] for name in model.experts[1].state_dict() if "layer" in name}
+    assert own == {"2"}  # the last of three blocks
+    model.save_pretrained(tmp_path)
+    image = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(
+            ECLForImageClassification.from_pretrained(tmp_path, experts=[1])(image).expert_logits,
+            model(image).expert_logits[:, [1]],
+        )
+
+
+@pytest.mark.parametrize("model_args", [None, {"layers": [1, 2, 1, 1]}])
+def test_expert_and_trunk_become_a_plain_timm_model(tmp_path, model_args):
+    blocks = 0 if model_args is None else 1
+    model = ensemble(1, architecture="test_resnet", share_blocks=blocks, model_args=model_args).eval()
     save_timm(model, 1, tmp_path)
     plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     image = torch.randn(2, *model.config.pretrained_cfg["input_size"])

@@ -20,6 +20,8 @@ class ModelConfig:
     """Finished model that a method with a teacher learns from: run folder, model directory, or Hub repository."""
     share_stages: int = 0
     """Stages of the encoder, with its stem, that are one for all experts: cheaper, and not the paper's."""
+    share_blocks: int = 0
+    """Blocks of the stage behind them that are, too."""
     classifier: Literal["linear", "cosine"] = "linear"
     """Kind of the classification heads."""
     classifier_scale: float = 16.0
@@ -32,7 +34,8 @@ class ModelConfig:
         require(self.classifier_scale > 0, f"model.classifier_scale must be positive, got {self.classifier_scale}")
         least = self.num_experts is None or self.num_experts >= 1
         require(least, f"model.num_experts must be at least 1, got {self.num_experts}")
-        require(self.share_stages >= 0, f"model.share_stages must not be negative, got {self.share_stages}")
+        for name in ("share_stages", "share_blocks"):
+            require(getattr(self, name) >= 0, f"model.{name} must not be negative, got {getattr(self, name)}")
         require(
             self.image_size is None or self.image_size >= 8,
             f"model.image_size must be at least 8, got {self.image_size}",

@@ -44,6 +44,7 @@ def initialise_model(
             architecture=config.architecture,
             num_experts=num_experts,
             share_stages=config.share_stages,
+            share_blocks=config.share_blocks,
             classifier=head.kind,
             classifier_scale=head.scale,
             classifier_bias=head.bias,

@@ -49,6 +49,7 @@ PAPER = {
     "model.pretrained": False,
     "model.num_experts": None,
     "model.share_stages": 0,
+    "model.share_blocks": 0,
     "model.classifier": "linear",
     "model.classifier_scale": 16.0,
     "model.image_size": None,
