@@ -26,10 +26,10 @@ ALLOWED = PUBLISHED | {
     "cli": set(),
     "checks": set(),
     "losses": set(),
-    "methods": {"checks", "losses", *PUBLISHED},
-    "learning": {"checks", "losses", "methods", *PUBLISHED},
+    "methods": {"checks", "losses", "data.samplers", "data.mixing", *PUBLISHED},
+    "learning": {"checks", "losses", "methods", "data.samplers", *PUBLISHED},
     "data": {"checks"},
-    "runs": {"checks", "data.config", "learning.config", "methods.settings", "publishing.config", *PUBLISHED},
+    "runs": {"checks", "data.config", "learning.config", "methods", "publishing.config", *PUBLISHED},
     "evidence": {"losses", "runs", *PUBLISHED},
     "publishing": {"checks", "evidence", *PUBLISHED},
 }

@@ -3,10 +3,33 @@
 `README.md` has a row for each.
 """
 
-from ecl_hf.methods import ecl
+from ecl_hf.methods import (
+    balms,
+    class_balanced,
+    dro_lt,
+    ecl,
+    focal,
+    gcl,
+    lade,
+    ldam,
+    logit_adjustment,
+    prior_lt,
+)
 from ecl_hf.methods.base import Loss, Method, Stage, TaskOutputs, Term
 from ecl_hf.methods.settings import Settings
 
-METHODS: dict[str, Method] = {**ecl.METHODS}
+PAPERS = (
+    ecl,
+    balms,
+    class_balanced,
+    dro_lt,
+    focal,
+    gcl,
+    lade,
+    ldam,
+    logit_adjustment,
+    prior_lt,
+)
+METHODS: dict[str, Method] = {name: method for paper in PAPERS for name, method in paper.METHODS.items()}
 
 __all__ = ["METHODS", "Loss", "Method", "Settings", "Stage", "TaskOutputs", "Term"]

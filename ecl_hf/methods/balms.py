@@ -7,15 +7,53 @@ The first stage is cross-entropy. In the second the encoder is frozen and a new 
 proportion to the rate of their class. The rates learn as well: had a picture's draw been likelier, would the
 classifier's next step have served a class-balanced batch better?
 
+Readings: an epoch's pictures are drawn by the rates at its start, since they are loaded ahead of the steps. The step by
+which a draw is judged is plain gradient descent at a fixed rate; the published one has the optimiser's momentum and
+course. The balanced batch comes from the training set, as the code has it for CIFAR.
+
 Published (CIFAR-10/100-LT, imbalance 200, best epoch on the test set): cross-entropy 74.0 / 41.2, balanced softmax
 79.8 / 46.7, with the second stage but no sampler 81.8 / 47.2, BALMS 82.2 / 48.0.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
+from torch.optim.adam import adam
 
 from ecl_hf import losses
+from ecl_hf.checks import require
+from ecl_hf.data.samplers import by_weights, class_balanced
+from ecl_hf.methods.base import (
+    EpochContext,
+    Experts,
+    Method,
+    Part,
+    PartsContext,
+    Stage,
+    TaskOutputs,
+    Term,
+    Trains,
+)
+from ecl_hf.methods.settings import Settings
+from ecl_hf.methods.terms import BALANCED_CROSS_ENTROPY, CROSS_ENTROPY
+
+
+@dataclass(kw_only=True)
+class BALMSSettings(Settings):
+    """Of the learned sampler."""
+
+    rate_lr: float = 0.01
+    """Learning rate of the classes' rates, which Adam moves."""
+    step_lr: float = 0.1
+    """Learning rate of the classifier's step by which draws are judged."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rate_lr", "step_lr"):
+            require(getattr(self, name) > 0, f"loss.{name} must be positive, got {getattr(self, name)}")
 
 
 def conditional_noise(log_rates: Tensor, drawn: Tensor) -> Tensor:
@@ -94,3 +132,72 @@ def meta_loss(
     step = drawn_loss(losses.cross_entropies(logits, labels, shift), probabilities)
     stepped = stepped_classifier(step, parameters, lr)
     return losses.cross_entropies(functional_call(head, stepped, (balanced_features.detach(),)), balanced_labels).mean()
+
+
+class RateLearner(Part):
+    """How often the pictures of each class are drawn, `sigmoid(a_c)`, and Adam's state for it.
+
+    Its numbers are buffers, since it has an optimiser of its own.
+    """
+
+    def __init__(self, context: PartsContext) -> None:
+        super().__init__()
+        zeros = torch.zeros(len(context.class_counts))
+        self.lr = context.settings.rate_lr
+        self.register_buffer("labels", context.labels, persistent=False)
+        for name in ("scores", "mean", "square", "drawn_by"):
+            self.register_buffer(name, zeros.clone())
+        self.register_buffer("steps", torch.zeros(()))
+        self.gradient: Tensor | None = None
+
+    @property
+    def picture_weights(self) -> Tensor:
+        """Rates of the pictures at the start of the epoch, [N]."""
+        return self.drawn_by.sigmoid()[self.labels]
+
+    def before_epoch(self, context: EpochContext) -> None:  # noqa: ARG002
+        """Let the epoch's pictures be drawn by the rates of now."""
+        self.drawn_by.copy_(self.scores)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Move the rates by the gradient of the last batch."""
+        state = [[self.mean], [self.square], [], [self.steps]]
+        betas = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+        adam([self.scores], [self.gradient], *state, amsgrad=False, lr=self.lr, maximize=False, **betas)
+
+
+def _meta(out: TaskOutputs, settings: BALMSSettings) -> Tensor:
+    part = out.parts["meta"]
+    scores = part.scores.detach().requires_grad_()
+    log_rates = F.logsigmoid(scores)[part.labels]
+    probabilities = draw_probabilities(log_rates, conditional_noise(log_rates, out.indices), out.indices)
+    features, balanced = losses.full_precision(out.features[0], out.partner.features[0])
+    drawn = (features, out.labels, out.log_prior_shift, probabilities)
+    loss = meta_loss(out.heads[0], *drawn, balanced, out.partner_labels, settings.step_lr)
+    (part.gradient,) = torch.autograd.grad(loss, scores)
+    return loss.detach()
+
+
+META = Term("meta", _meta, weight=lambda *_: 0.0, part=RateLearner, whole_batch=True)
+"""Only looked at: it moves the rates alone, which it does itself."""
+CLASSIFIERS = Trains(lambda name: ".head." in name, statistics=True)
+
+METHODS = {
+    "balms": Method(
+        (
+            Stage((CROSS_ENTROPY,), "features", share=13 / 15),
+            Stage(
+                (BALANCED_CROSS_ENTROPY, META),
+                "classifier",
+                by_weights,
+                class_balanced(1),
+                trains=CLASSIFIERS,
+                heads="new",
+                share=2 / 15,
+            ),
+        ),
+        BALMSSettings,
+        experts=Experts(1, most=1),
+    )
+}

@@ -11,12 +11,35 @@ Published: CIFAR-100-LT (ResNet-32 with a doubled last block, imbalance 10/50/10
 """
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ecl_hf import losses
+from ecl_hf.checks import require
+from ecl_hf.methods.base import Experts, Method, Stage, TaskOutputs, Term
+from ecl_hf.methods.settings import Settings
+from ecl_hf.methods.terms import BALANCED_CROSS_ENTROPY
+
+
+@dataclass(kw_only=True)
+class LADESettings(Settings):
+    """Of LADE; ImageNet-LT and iNaturalist 2018 were published with an alpha of 0.05 and a lambda of 0.5."""
+
+    alpha: float = 0.1
+    """Weight of the regulariser."""
+    regularisation: float = 0.01
+    """Lambda, the weight of the squares within it."""
+    form: Literal["code", "paper"] = "code"
+    """The regulariser of the published code, or of the paper."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("alpha", "regularisation"):
+            require(getattr(self, name) >= 0, f"loss.{name} must not be negative, got {getattr(self, name)}")
 
 
 def _class_losses(logits: Tensor, labels: Tensor, log_ratio: Tensor, regularisation: float) -> Tensor:
@@ -54,3 +77,13 @@ def lader_of_the_paper(logits: Tensor, labels: Tensor, log_prior_shift: Tensor, 
     """
     prior = log_prior_shift.softmax(-1) * torch.zeros_like(log_prior_shift).index_fill(0, labels, 1)
     return (prior * _class_losses(logits, labels, log_prior_shift[labels, None], regularisation)).sum()
+
+
+def _regulariser(out: TaskOutputs, settings: LADESettings) -> Tensor:
+    form = lader if settings.form == "code" else lader_of_the_paper
+    return form(out.cls_logits[0], out.labels, out.log_prior_shift, settings.regularisation)
+
+
+LADER = Term("regulariser", _regulariser, "alpha", whole_batch=True)
+
+METHODS = {"lade": Method((Stage((BALANCED_CROSS_ENTROPY, LADER)),), LADESettings, experts=Experts(1, most=1))}

@@ -9,10 +9,43 @@ Published (ResNet-32, imbalance 10/100, best test epoch) for LDAM-DRW: CIFAR-10-
 58.71 / 42.04.
 """
 
+from dataclasses import dataclass, replace
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ecl_hf import losses
+from ecl_hf.checks import require
+from ecl_hf.methods.base import Experts, HeadContext, HeadKind, Method, PerImage, Stage, TaskOutputs, Term
+from ecl_hf.methods.settings import Settings
+
+
+@dataclass(kw_only=True)
+class LDAMSettings(Settings):
+    """Of the label-distribution-aware margins."""
+
+    max_margin: float = 0.5
+    """Margin of the rarest class, as a cosine."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.max_margin >= 0, f"loss.max_margin must not be negative, got {self.max_margin}")
+
+
+@dataclass(kw_only=True)
+class LDAMDRWSettings(LDAMSettings):
+    """Of LDAM with deferred re-weighting."""
+
+    beta: float = 0.9999
+    """Of the effective number of images, by which classes are weighted in the end."""
+    reweight_from: float = 0.8
+    """Share of the training after which classes are weighted."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.beta < 1, f"loss.beta must lie in [0, 1), got {self.beta}")
+        require(0 <= self.reweight_from <= 1, f"loss.reweight_from must lie in 0..1, got {self.reweight_from}")
 
 
 def ldam_margins(class_counts: Tensor, max_margin: float) -> Tensor:
@@ -35,3 +68,34 @@ def ldam_losses(cosines: Tensor, labels: Tensor, margins: Tensor, scale: float) 
     """
     (cosines,) = losses.full_precision(cosines)
     return losses.cross_entropies(losses.margin_logits(cosines, labels, margins, scale), labels)
+
+
+def unit_rows(head: nn.Linear, context: HeadContext) -> nn.Linear:  # noqa: ARG001
+    """Give a new cosine head class weights of length 1, in directions drawn uniformly from a cube, as published."""
+    with torch.no_grad():
+        head.weight.copy_(F.normalize(head.weight.uniform_(-1, 1), dim=-1))
+    return head
+
+
+def _ldam(out: TaskOutputs, settings: LDAMSettings) -> PerImage:
+    (logits,), scale = losses.full_precision(out.cls_logits[0]), out.heads[0].scale
+    margins = ldam_margins(out.class_counts, settings.max_margin)
+    return PerImage(ldam_losses(logits / scale, out.labels, margins, scale))
+
+
+def _ldam_drw(out: TaskOutputs, settings: LDAMDRWSettings) -> PerImage:
+    reweighted = out.time.progress >= settings.reweight_from
+    weights = losses.effective_number_weights(out.class_counts, settings.beta) if reweighted else None
+    return replace(_ldam(out, settings), class_weights=weights)
+
+
+LDAM = Term("supervision", _ldam, two_labels=True)
+LDAM_DRW = Term("supervision", _ldam_drw, two_labels=True)
+
+
+def _method(term: Term, settings: type[LDAMSettings]) -> Method:
+    head = HeadKind("cosine", scale=30.0, bias=False)
+    return Method((Stage((term,), heads=unit_rows),), settings, head, Experts(1, most=1))
+
+
+METHODS = {"ldam": _method(LDAM, LDAMSettings), "ldam_drw": _method(LDAM_DRW, LDAMDRWSettings)}

@@ -7,7 +7,30 @@ Published (ResNet-32, best test epoch), both together: imbalance 10 CIFAR-10-LT 
 CIFAR-100-LT 45.45.
 """
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
+
+from ecl_hf.checks import require
+from ecl_hf.data.mixing import beta_draws, mix
+from ecl_hf.methods.base import Experts, Method, MixingContext, Stage
+from ecl_hf.methods.settings import Settings
+from ecl_hf.methods.terms import BALANCED_CROSS_ENTROPY
+
+
+@dataclass(kw_only=True)
+class UniMixSettings(Settings):
+    """Of UniMix; CIFAR-10-LT was published with a tau of -0.5."""
+
+    alpha: float = 0.8
+    """Shares are drawn from Beta(alpha, alpha), and then turned towards the rarer class."""
+    tau: float = -0.1
+    """Partners are drawn in proportion to the size of their class to this power."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.alpha > 0, f"loss.alpha must be positive, got {self.alpha}")
 
 
 def partner_probabilities(counts: Tensor, tau: float) -> Tensor:
@@ -39,3 +62,21 @@ def unimix_shares(draws: Tensor, counts: Tensor, partner_counts: Tensor) -> Tens
     """
     shares = draws + partner_counts / (counts + partner_counts)
     return shares - (shares > 1).to(shares.dtype)
+
+
+def unimix(batch: dict[str, Tensor], context: MixingContext) -> dict[str, Tensor]:
+    """Mix each picture with a partner from the batch, drawn with replacement, by a share of its own."""
+    settings, generator = context.settings, context.generator
+    counts = context.class_counts.clamp_min(1).float()[batch["labels"].cpu()]
+    partners = torch.multinomial(
+        partner_probabilities(counts, settings.tau), len(counts), replacement=True, generator=generator
+    )
+    draws = beta_draws(settings.alpha, len(counts), generator)
+    return mix(batch, partners, unimix_shares(draws, counts, counts[partners]))
+
+
+METHODS = {
+    "unimix_bayias": Method(
+        (Stage((BALANCED_CROSS_ENTROPY,), mixing=unimix),), UniMixSettings, experts=Experts(1, most=1)
+    )
+}

@@ -1,5 +1,7 @@
 """Balanced softmax and its meta sampler: published values, torch's Gumbel softmax, differences of the meta loss."""
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -80,3 +82,53 @@ def test_gradient_of_the_meta_loss_by_differences():
     expected = torch.stack([(by_hand(1 + move) - by_hand(1 - move)) / 2e-5 for move in moves])
     assert_close(actual, expected, rtol=1e-6, atol=1e-9)
     assert head.weight.grad is None
+
+
+def test_rates_move_by_adam_and_are_drawn_by_from_the_next_epoch_on():
+    labels, settings = torch.tensor([0, 2, 2, 1]), balms.BALMSSettings(rate_lr=0.05)
+    context = SimpleNamespace(class_counts=torch.tensor([1, 1, 2]), labels=labels, settings=settings)
+    part, scores = balms.RateLearner(context), nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.Adam([scores], lr=0.05)
+    for gradient in torch.randn(3, 3):
+        part.gradient, scores.grad = gradient, gradient
+        part.after_step()
+        optimizer.step()
+    assert_close(part.scores, scores.detach())
+    assert_close(part.picture_weights, torch.full((4,), 0.5))
+    part.before_epoch(context)
+    assert_close(part.picture_weights, scores.detach().sigmoid()[labels])
+    again = balms.RateLearner(context)
+    again.load_state_dict(part.state_dict())
+    for learner in (part, again):
+        learner.gradient = torch.ones(3)
+        learner.after_step()
+    assert_close(again.scores, part.scores, rtol=0, atol=0)
+
+
+def test_the_term_moves_rates_towards_draws_that_help():
+    """Class 1 is drawn rarely and unlearned; the balanced batch asks for it."""
+    torch.manual_seed(0)
+    labels = torch.tensor([0] * 9 + [1])
+    context = SimpleNamespace(class_counts=torch.tensor([9, 1]), labels=labels, settings=balms.BALMSSettings())
+    part, head = balms.RateLearner(context), nn.Linear(2, 2)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    features = F.one_hot(labels).float()
+    partner = SimpleNamespace(features=torch.eye(2)[None])
+    out = SimpleNamespace(
+        parts={"meta": part},
+        heads=(head,),
+        features=features[None],
+        labels=labels,
+        indices=torch.arange(10),
+        log_prior_shift=torch.zeros(2),
+        partner=partner,
+        partner_labels=torch.tensor([0, 1]),
+    )
+    slopes = []
+    for _ in range(200):
+        loss = balms.META.loss(out, context.settings)
+        slopes.append(part.gradient)
+    assert not loss.requires_grad
+    slope = torch.stack(slopes).mean(0)
+    assert slope[1] < 0 < slope[0]

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 from ecl_hf import losses
 from ecl_hf.methods import class_balanced
+from ecl_hf.methods.base import HeadContext
 from tests.methods.comparing import agrees, tensors
 
 BETA = 0.9999  # of all published values of the losses
@@ -70,3 +72,8 @@ def test_saturated_logits_keep_finite_gradients(gamma):
     # Image 0: only the undecided class counts. Image 1: two wrong answers, each with a cross-entropy of 200
     assert_close(loss, torch.tensor([0.5**gamma * F.softplus(torch.tensor(0.0)), 400.0]))
     assert torch.autograd.grad(loss.sum(), logits)[0].isfinite().all()
+
+
+def test_a_new_focal_head_gives_every_class_its_share():
+    head = class_balanced.answering_no(nn.Linear(3, 8), HeadContext(None, torch.ones(8)))
+    assert_close(head.bias.sigmoid(), torch.full((8,), 1 / 8))

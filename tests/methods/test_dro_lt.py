@@ -1,6 +1,7 @@
 """DRO-LT: published values, and that margins follow their images."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,3 +73,12 @@ def test_indistinguishable_images_are_found_by_chance():
     labels = torch.tensor([0, 1, 1, 0, 0])
     images = dro_lt.robust_losses(torch.ones(5, 3), labels, torch.randn(2, 3))
     assert_close(images, torch.full((5,), math.log(5)))
+
+
+def test_prototypes_are_the_means_of_the_pictures_that_can_be_decoded():
+    labels, features = torch.tensor([2, 0, -1, 2, 0, 2]), torch.randn(6, 1, 3)
+    part = dro_lt.Prototypes(SimpleNamespace(class_counts=torch.tensor([2, 0, 4]), width=3))
+    part.before_epoch(SimpleNamespace(predict=lambda: (labels, torch.zeros(6, 1, 3), features)))
+    expected = [(features[1, 0] + features[4, 0]) / 2, torch.zeros(3), features[[0, 3, 5], 0].mean(0)]
+    assert_close(part.means, torch.stack(expected))
+    assert part.state_dict().keys() == {"means", "margins"}

@@ -6,7 +6,9 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from ecl_hf import losses
+from ecl_hf.heads import ECLCosineHead
 from ecl_hf.methods import gcl
+from ecl_hf.methods.base import TaskOutputs
 from tests.methods.comparing import agrees, tensors
 
 # Strength, margin, scale, exponent of the focal modulator
@@ -49,3 +51,27 @@ def test_classes_of_equal_size_have_no_clouds():
     actual = gcl.gcl_losses(cosines, labels, torch.randn(5, 3), gcl.cloud_sizes(torch.tensor([7, 7, 7])), **arguments)
     expected = F.cross_entropy(10 * (cosines - 0.2 * F.one_hot(labels)), labels, reduction="none")
     assert_close(actual, expected)
+
+
+def outputs(counts, head, labels, features):
+    log_counts = torch.tensor(counts).float().log()
+    return TaskOutputs(labels, head(features)[None], features[None], log_counts, log_counts, heads=(head,))
+
+
+def test_terms_of_the_stages_without_clouds():
+    torch.manual_seed(2)
+    head, features, labels = ECLCosineHead(5, 3, scale=20.0, bias=False), torch.randn(4, 5), torch.tensor([0, 1, 2, 2])
+    out, settings = outputs([9, 9, 9], head, labels, features), gcl.GCLSettings(margin=0.2, gamma=2.0)
+    cosines = F.cosine_similarity(features[:, None], head.weight, dim=-1)
+    first = F.cross_entropy(30 * cosines, labels, reduction="none")
+    assert_close(gcl.CLOUDED.loss(out, settings).losses, first, rtol=1e-4, atol=1e-4)
+    second = F.cross_entropy(20 * (cosines - 0.2 * F.one_hot(labels, 3)), labels, reduction="none")
+    second = (1 - (-second).exp()) ** 2 * second
+    assert_close(gcl.CLOUDED_FOCAL.loss(out, settings).losses, second, rtol=1e-4, atol=1e-4)
+
+
+def test_every_call_has_noise_of_its_own():
+    head, features, labels = ECLCosineHead(5, 3, scale=20.0, bias=False), torch.randn(4, 5), torch.tensor([0, 1, 2, 2])
+    out = outputs([90, 9, 1], head, labels, features)
+    first, second = (gcl.CLOUDED.loss(out, gcl.GCLSettings()).losses for _ in range(2))
+    assert (first != second).any()

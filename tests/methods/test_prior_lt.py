@@ -1,5 +1,7 @@
 """Prior-LT: published values of Bayias and UniMix, and whom the shares favour."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -51,3 +53,21 @@ def test_where_the_draw_is_an_end_the_share_is_that_of_the_partners_class():
     for draw in (0.0, 1.0):
         shares = prior_lt.unimix_shares(torch.full((4,), draw), counts, partner)
         assert_close(shares, torch.tensor([0.1, 0.9, 0.5, 0.5]))
+
+
+def test_partners_shares_and_pixels_of_a_mixed_batch():
+    torch.manual_seed(0)
+    labels = torch.randint(3, (6000,))
+    batch = {"pixel_values": labels[:, None, None, None].float().expand(-1, 3, 1, 1), "labels": labels}
+    counts, settings = torch.tensor([100, 10, 1]), prior_lt.UniMixSettings(alpha=0.001, tau=-0.5)
+    context = SimpleNamespace(settings=settings, generator=torch.Generator().manual_seed(0), class_counts=counts)
+    mixed = prior_lt.unimix(batch, context)
+    partners, shares = mixed["mixed_labels"], mixed["share"]
+    assert_close(mixed["pixel_values"][:, 0, 0, 0], shares * labels + (1 - shares) * partners)
+    # In a batch with as many pictures of each class, partners come in proportion to n^tau
+    expected = labels.bincount() * counts**-0.5
+    assert_close(partners.bincount() / 6000, expected / expected.sum(), rtol=0, atol=0.02)
+    # Where alpha is next to nothing, nearly all draws are 0 or 1, and the share is that of the partner's class
+    off = shares - counts[partners] / (counts[labels] + counts[partners])
+    assert (off.abs() > 1e-3).float().mean() < 0.02
+    assert 0 <= shares.min() <= shares.max() <= 1
