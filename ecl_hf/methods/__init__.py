@@ -5,7 +5,10 @@
 
 from ecl_hf.methods import (
     balms,
+    ckt,
     class_balanced,
+    decoupling,
+    disalign,
     dro_lt,
     ecl,
     focal,
@@ -13,7 +16,11 @@ from ecl_hf.methods import (
     lade,
     ldam,
     logit_adjustment,
+    mislas,
     prior_lt,
+    tde,
+    tde_idr,
+    weight_balancing,
 )
 from ecl_hf.methods.base import Loss, Method, Stage, TaskOutputs, Term
 from ecl_hf.methods.settings import Settings
@@ -21,14 +28,21 @@ from ecl_hf.methods.settings import Settings
 PAPERS = (
     ecl,
     balms,
+    ckt,
     class_balanced,
+    decoupling,
+    disalign,
     dro_lt,
     focal,
     gcl,
     lade,
     ldam,
     logit_adjustment,
+    mislas,
     prior_lt,
+    tde,
+    tde_idr,
+    weight_balancing,
 )
 METHODS: dict[str, Method] = {name: method for paper in PAPERS for name, method in paper.METHODS.items()}
 
