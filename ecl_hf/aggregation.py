@@ -67,8 +67,8 @@ def routed_weights(scores: Tensor, threshold: float) -> Tensor:
     Returns:
         [B, K, 1].
     """
-    further = (scores.sigmoid() > threshold).to(scores.dtype).cumprod(1)
-    asked = torch.cat([torch.ones_like(further[:, :1]), further], dim=1)
+    enough = (scores.sigmoid() <= threshold).long().cumsum(1)
+    asked = F.pad((enough == 0).to(scores.dtype), (1, 0), value=1.0)
     return (asked / asked.sum(1, keepdim=True))[..., None]
 
 
