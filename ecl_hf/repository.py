@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import cached_files, extract_commit_hash
 
-from .aggregation import of_experts
 from .configuration_ecl import ECLConfig
 
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, "model-*-of-*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
@@ -143,8 +142,6 @@ def read_experts(
     parts = {f"experts.{k}.": f"experts.{position}." for position, k in enumerate(experts)}
     if config.share_stages:
         parts["trunk."] = "trunk."
-    if isinstance(of_experts(config.aggregation, experts, config.num_experts), dict):
-        parts["router."] = "router."
     with explain_hub_errors(source, "read"):
         try:
             index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **hub)

@@ -16,9 +16,8 @@ PUBLISHED = {
     "configuration_ecl": set(),
     "backbones": set(),
     "heads": {"configuration_ecl"},
-    "aggregation": set(),
-    "repository": {"configuration_ecl", "aggregation"},
-    "modeling_ecl": {"configuration_ecl", "aggregation", "backbones", "heads", "repository"},
+    "repository": {"configuration_ecl"},
+    "modeling_ecl": {"configuration_ecl", "backbones", "heads", "repository"},
 }
 # What a file or a room (a folder) may import of the package beside what lies in it: files, rooms or files of rooms.
 ALLOWED = PUBLISHED | {

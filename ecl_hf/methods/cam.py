@@ -16,16 +16,51 @@ CIFAR-10-LT 75.07/80.73, CIFAR-100-LT 40.64/45.42; with CAM 76.90/80.72, 41.95/4
 80.0/83.6, 47.8/51.7.
 """
 
+import copy
 import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ecl_hf.checks import require
+from ecl_hf.data.mixing import mixup
+from ecl_hf.data.samplers import class_balanced
 from ecl_hf.losses import full_precision
+from ecl_hf.methods.base import Experts, HeadKind, Method, MixingContext, Part, PartsContext, Stage, Trains
+from ecl_hf.methods.settings import Settings
+from ecl_hf.methods.terms import CROSS_ENTROPY
+from ecl_hf.modeling_ecl import ECLForImageClassification
 
 FOREGROUND = 0.75
 """A pixel is foreground where the map is at least this share of its mean."""
+
+
+@dataclass(kw_only=True)
+class CAMSettings(Settings):
+    """Of CAM-based sampling."""
+
+    most_for_rare: int | None = None
+    """Make pictures of classes with fewer than this alone, and no more than this: 100 on ImageNet-LT. When not given,
+    all classes get as many as make them equal."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        most = self.most_for_rare
+        require(most is None or most > 0, f"loss.most_for_rare must be positive, got {most}")
+
+
+@dataclass(kw_only=True)
+class TricksSettings(CAMSettings):
+    """Of the bag of tricks: mixup and CAM-based sampling."""
+
+    mixup: float = 1.0
+    """Both parameters of the Beta distribution that mixup draws from."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.mixup > 0, f"loss.mixup must be positive, got {self.mixup}")
 
 
 def pictures_to_make(class_counts: Tensor, threshold: int | None = None) -> Tensor:
@@ -160,3 +195,106 @@ def draw_moves(masks: Tensor, generator: torch.Generator | None = None) -> Tenso
     turned = rotation(uniform(-45, 45)[:, 0], uniform(80, 120)[:, 0] / 100, (first + last) / 2 - size / 2)
     moves = torch.stack([turned, translation(uniform(-first, size - last + 1, 2)), mirror(count, device)])
     return moves[uniform(0, 3)[:, 0].long(), torch.arange(count, device=device)]
+
+
+def feature_maps(model: ECLForImageClassification, pixel_values: Tensor) -> Tensor:
+    """What the first expert's encoder pools; [B, 3, H, W] -> [B, D, h, w].
+
+    Raises:
+        ValueError: the encoder has no such map.
+    """
+    expert = model.experts[0]
+    maps = expert.backbone.forward_features(pixel_values if model.trunk is None else model.trunk(pixel_values))
+    if maps.ndim != 4 or maps.shape[1] != expert.head.in_features:
+        raise ValueError(
+            f"{model.config.architecture} does not pool a feature map [{expert.head.in_features}, h, w], so it has no "
+            "class activation maps; take a ResNet, for instance"
+        )
+    return maps
+
+
+class MapProbe(Part):
+    """Finds out before the first stage whether the encoder has class activation maps."""
+
+    def __init__(self, model: ECLForImageClassification) -> None:
+        super().__init__()
+        side, training = model.config.pretrained_cfg["input_size"][-1], model.training
+        model.eval()
+        with torch.no_grad():
+            feature_maps(model, torch.zeros(1, 3, side, side))
+        model.train(training)
+
+
+class FinishedStage(Part):
+    """The network as the stage before left it; it stays as it is."""
+
+    def __init__(self, model: ECLForImageClassification) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(model)
+
+    def train(self, mode: bool = True) -> "FinishedStage":  # noqa: ARG002
+        """Evaluation mode whatever is asked for."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> Tensor:
+        """Foregrounds of pictures [B, 3, H, W] of classes [B] -> [B, H, W]."""
+        activation = class_activation_map(
+            feature_maps(self.network, pixel_values), self.network.experts[0].head.weight[labels]
+        )
+        return foreground(activation, pixel_values.shape[-2:])
+
+
+def _probe(context: PartsContext) -> MapProbe:
+    return MapProbe(context.model)
+
+
+def _finished_stage(context: PartsContext) -> FinishedStage:
+    return FinishedStage(context.model)
+
+
+def make_pictures(batch: dict[str, Tensor], context: MixingContext) -> dict[str, Tensor]:
+    """Make a picture of the one that was drawn, as often as a made picture would be drawn in its class."""
+    pixels, labels = batch["pixel_values"], batch["labels"]
+    made = pictures_to_make(context.class_counts, context.settings.most_for_rare)
+    chances = (made / (made + context.class_counts)).to(labels.device)[labels]
+    chosen = torch.rand(len(labels), generator=context.generator).to(labels.device) < chances
+    if not chosen.any():
+        return batch
+    masks = context.task.parts["supervision"](pixels[chosen], labels[chosen])
+    pixels = pixels.clone()
+    pixels[chosen] = paste_foreground(pixels[chosen], masks, draw_moves(masks, context.generator))
+    return batch | {"pixel_values": pixels}
+
+
+mix_up = mixup(lambda settings: settings.mixup)
+
+
+def make_and_mix_up(batch: dict[str, Tensor], context: MixingContext) -> dict[str, Tensor]:
+    """Mixup of pictures some of which are made."""
+    return mix_up(make_pictures(batch, context), context)
+
+
+PROBED = replace(CROSS_ENTROPY, part=_probe)
+CLASSIFIED = replace(CROSS_ENTROPY, part=_finished_stage)
+NETWORK = Trains(lambda name: not name.startswith("parts."))
+"""All but the network that makes pictures."""
+
+BALANCED = Stage((CROSS_ENTROPY,), "balanced", sampler=class_balanced(), lr=0.01, share=0.2)
+MADE = replace(BALANCED, terms=(CLASSIFIED,), trains=NETWORK, mixing=make_pictures)
+
+
+def _method(settings: type[Settings], *stages: Stage) -> Method:
+    return Method(stages, settings, head=HeadKind("linear"), experts=Experts(1, most=1))
+
+
+METHODS = {
+    "drs": _method(Settings, Stage((CROSS_ENTROPY,), "natural", share=0.8), BALANCED),
+    "cam_drs": _method(CAMSettings, Stage((PROBED,), "natural", share=0.8), MADE),
+    "cam": _method(
+        TricksSettings,
+        Stage((PROBED,), "natural", mixing=mix_up, share=8 / 11),
+        replace(MADE, mixing=make_and_mix_up, share=2 / 11),
+        replace(BALANCED, name="balanced without mixup", share=1 / 11),
+    ),
+}

@@ -14,6 +14,52 @@ Published top-1, best test epoch: with RIDE of 3 experts (ECL prints 4) CIFAR-10
 """
 
 import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ecl_hf.checks import require
+from ecl_hf.data.samplers import class_balanced
+from ecl_hf.losses import cross_entropies, effective_number_weights
+from ecl_hf.methods.base import Experts, Method, MixingContext, PerImage, Stage, TaskOutputs, Term, Time
+from ecl_hf.methods.settings import Settings
+from ecl_hf.methods.terms import BALANCED_CROSS_ENTROPY
+
+
+@dataclass(kw_only=True)
+class CMOSettings(Settings):
+    """Of context-rich minority oversampling."""
+
+    mixed_batches: float = 0.5
+    """Share of the batches that are mixed."""
+    power: float = 1.0
+    """Exponent q of the second stream's weights 1 / n^q: 1 makes the classes of what is pasted equally likely."""
+    unmixed_first: int = 4
+    """Epochs at the start without mixing."""
+    unmixed_last: int = 3
+    """Epochs at the end without mixing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.mixed_batches <= 1, f"loss.mixed_batches must lie in 0..1, got {self.mixed_batches}")
+        for name in ("power", "unmixed_first", "unmixed_last"):
+            require(getattr(self, name) >= 0, f"loss.{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(kw_only=True)
+class ReweightedSettings(CMOSettings):
+    """Of CMO with deferred re-weighting of the classes."""
+
+    reweight_from: float = 0.8
+    """Share of the training after which classes are weighted; 1 for never, which is plain cross-entropy."""
+    beta: float = 0.9999
+    """Of the effective number of pictures, by which classes are weighted then."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.reweight_from <= 1, f"loss.reweight_from must lie in 0..1, got {self.reweight_from}")
+        require(0 <= self.beta < 1, f"loss.beta must lie in [0, 1), got {self.beta}")
 
 
 def pasted_box(height: int, width: int, share: float, row: int, column: int) -> tuple[slice, slice]:
@@ -41,3 +87,43 @@ def background_share(height: int, width: int, box: tuple[slice, slice]) -> float
     """Share of the area outside a box, which is the weight of the background's label."""
     rows, columns = box
     return 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
+
+
+def mixes(time: Time, settings: CMOSettings) -> bool:
+    """Whether batches of this epoch are mixed."""
+    return settings.unmixed_first <= time.epoch < time.epochs - settings.unmixed_last
+
+
+def paste_partners(batch: dict[str, Tensor], context: MixingContext) -> dict[str, Tensor]:
+    """Paste one box of the second stream's pictures, the same for all, in some of the batches; labels share by area."""
+    rest = {name: value for name, value in batch.items() if not name.startswith("partner_")}
+    mixed, share, row, column = torch.rand(4, generator=context.generator).tolist()
+    if not mixes(context.time, context.settings) or mixed >= context.settings.mixed_batches:
+        return rest
+    pixels = batch["pixel_values"].clone()
+    height, width = pixels.shape[-2:]
+    box = pasted_box(height, width, share, int(height * row), int(width * column))
+    pixels[..., box[0], box[1]] = batch["partner_pixel_values"][..., box[0], box[1]]
+    share = torch.tensor(background_share(height, width, box), device=pixels.device)
+    return rest | {"pixel_values": pixels, "mixed_labels": batch["partner_labels"], "share": share}
+
+
+def _reweighted(out: TaskOutputs, settings: ReweightedSettings) -> PerImage:
+    weights = None
+    if out.time.progress >= settings.reweight_from:
+        weights = effective_number_weights(out.class_counts, settings.beta)
+    losses = cross_entropies(out.cls_logits, out.labels).mean(0)
+    return PerImage(losses, weights)
+
+
+def mixed_stage(*terms: Term) -> Stage:
+    """A stage whose batches CMO mixes."""
+    return Stage(terms, partners=class_balanced(lambda settings: settings.power), mixing=paste_partners)
+
+
+REWEIGHTED = Term("supervision", _reweighted, two_labels=True)
+
+METHODS = {
+    "cmo": Method((mixed_stage(REWEIGHTED),), ReweightedSettings, experts=Experts(1, most=1)),
+    "cmo_bc": Method((mixed_stage(BALANCED_CROSS_ENTROPY),), CMOSettings, experts=Experts(1, most=1)),
+}

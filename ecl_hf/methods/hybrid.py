@@ -12,10 +12,41 @@ Published top-1 (ResNet-32, 200 epochs): SC CIFAR-10-LT at imbalance 10/50/100 9
 51.87/46.72; PSC 90.06/83.86/78.82, CIFAR-100-LT at 100 44.97; iNaturalist 2018 68.1 (PSC, ResNet-50).
 """
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import Any
 
-from ecl_hf.losses import contrast, full_precision, same_class
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ecl_hf.checks import require
+from ecl_hf.data.samplers import class_balanced
+from ecl_hf.losses import contrast, cross_entropies, full_precision, same_class, supervised_contrast
+from ecl_hf.methods.base import Experts, Method, Part, PartsContext, PerImage, Stage, TaskOutputs, Term
+from ecl_hf.methods.settings import Settings
+
+
+@dataclass(kw_only=True)
+class HybridSettings(Settings):
+    """Of Hybrid-SC."""
+
+    temperature: float = 0.1
+    """Temperature of the similarities."""
+    projection_dim: int = 128
+    """Width of the projections."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("temperature", "projection_dim"):
+            require(getattr(self, name) > 0, f"loss.{name} must be positive, got {getattr(self, name)}")
+
+
+@dataclass(kw_only=True)
+class PrototypeSettings(HybridSettings):
+    """Of Hybrid-PSC; a temperature of 1 was published for CIFAR-10-LT."""
+
+    own_class: bool = False
+    """Count the own class among the competitors, which the paper does not."""
 
 
 def prototypical_contrast(
@@ -45,3 +76,68 @@ def prototypical_contrast(
 def feature_share(progress: float) -> float:
     """Weight of the feature loss, `1 - (e / E)^2`; the classifier's is the rest."""
     return 1 - progress**2
+
+
+class Projector(Part):
+    """One hidden layer on the features, and for PSC a prototype of each class."""
+
+    def __init__(self, width: int, dim: int, prototypes: int = 0) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim))
+        self.rows = nn.Parameter(torch.randn(prototypes, dim)) if prototypes else None
+
+    def forward(self, views: list[Tensor]) -> Tensor:
+        """Features of V views, [B, D] each -> L2-normalised projections, [V, B, P]."""
+        return F.normalize(self.layers(*full_precision(torch.stack(views))), dim=-1)
+
+    @property
+    def prototypes(self) -> Tensor:
+        """Of unit length, [C, P]."""
+        return F.normalize(self.rows, dim=-1)
+
+
+def _projector(context: PartsContext) -> Projector:
+    return Projector(context.width, context.settings.projection_dim)
+
+
+def _projector_and_prototypes(context: PartsContext) -> Projector:
+    return Projector(context.width, context.settings.projection_dim, len(context.class_counts))
+
+
+def _project(out: TaskOutputs) -> Tensor:
+    return out.parts["features"]([out.features[0], *(view.features[0] for view in out.views)])
+
+
+def _supervised(out: TaskOutputs, settings: HybridSettings) -> PerImage:
+    return PerImage(supervised_contrast(_project(out), out.labels, settings.temperature))
+
+
+def _prototypical(out: TaskOutputs, settings: PrototypeSettings) -> PerImage:
+    prototypes = out.parts["features"].prototypes
+    losses = prototypical_contrast(_project(out), prototypes, out.labels, settings.temperature, settings.own_class)
+    return PerImage(losses)
+
+
+def _classify(out: TaskOutputs, _: Any) -> PerImage:
+    return PerImage(cross_entropies(out.partner.logits[0], out.partner_labels))
+
+
+def _feature_weight(out: TaskOutputs, _: Any) -> float:
+    return feature_share(out.time.progress)
+
+
+def _classifier_weight(out: TaskOutputs, _: Any) -> float:
+    return 1 - feature_share(out.time.progress)
+
+
+SC = Term("features", _supervised, _feature_weight, part=_projector, whole_batch=True)
+PSC = Term("features", _prototypical, _feature_weight, part=_projector_and_prototypes)
+CLASSIFIER = Term("classifier", _classify, _classifier_weight)
+
+
+def _method(features: Term, settings: type[HybridSettings]) -> Method:
+    stage = Stage((features, CLASSIFIER), partners=class_balanced(), views=("supervised",))
+    return Method((stage,), settings, experts=Experts(1, most=1))
+
+
+METHODS = {"hybrid_sc": _method(SC, HybridSettings), "hybrid_psc": _method(PSC, PrototypeSettings)}

@@ -10,10 +10,39 @@ its own comment; here it is in evaluation mode.
 Published top-1 (TSC's paper): ImageNet-LT 51.5 (ResNet-50, 400 epochs, then 40 of the classifier).
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from ecl_hf.checks import require
+from ecl_hf.data.samplers import class_aware
 from ecl_hf.losses import contrast, key_similarities, same_class, share_evenly
+from ecl_hf.methods.base import BACKBONES, HEADS, Experts, Method, PerImage, Stage, TaskOutputs, Term
+from ecl_hf.methods.settings import MomentumSettings
+from ecl_hf.methods.terms import CROSS_ENTROPY
+
+
+@dataclass(kw_only=True)
+class KCLSettings(MomentumSettings):
+    """Of k-positive contrastive learning; the defaults are those for ImageNet-LT."""
+
+    queue_size: int = 65536
+    """Keys in the queue."""
+    projection_dim: int = 128
+    """Width of the contrastive projections."""
+    temperature: float = 0.07
+    """Temperature of the similarities."""
+    positives: int = 6
+    """Keys of its class that are drawn for each picture from the queue, k; 0 takes all."""
+    classifier_lr: float = 100.0
+    """Factor on the learning rate in the last stage; published: 0.1, and 10 for the frozen encoder's classifier."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.temperature > 0, f"loss.temperature must be positive, got {self.temperature}")
+        require(self.positives >= 0, f"loss.positives must not be negative, got {self.positives}")
+        require(self.classifier_lr > 0, f"loss.classifier_lr must be positive, got {self.classifier_lr}")
 
 
 def draw_positives(labels: Tensor, queue_labels: Tensor, most: int) -> Tensor:
@@ -53,3 +82,34 @@ def k_positive_contrast(queries: Tensor, keys: Tensor, queue: Tensor, picked: Te
     scores = key_similarities(queries, keys, queue) / temperature
     positives = torch.cat([torch.ones_like(picked[:, :1]), picked], dim=1)
     return contrast(scores, share_evenly(positives, scores.dtype))
+
+
+def _contrast(out: TaskOutputs, settings: KCLSettings) -> PerImage:
+    picked = draw_positives(out.labels, out.queue_labels, settings.positives)
+    return PerImage(k_positive_contrast(out.queries[0], out.keys[0], out.queues[0], picked, settings.temperature))
+
+
+CONTRAST = Term("contrast", _contrast, needs=frozenset({"momentum"}))
+
+
+def classifier_stage(share: float) -> Stage:
+    """A new classifier on the frozen encoder, from class-aware batches, without weight decay."""
+    return Stage(
+        (CROSS_ENTROPY,),
+        "classifier",
+        sampler=class_aware(4),
+        trains=HEADS,
+        heads="new",
+        share=share,
+        lr_factor=lambda name, settings: settings.classifier_lr,  # noqa: ARG005
+        weight_decay=lambda _: 0.0,
+    )
+
+
+METHODS = {
+    "kcl": Method(
+        (Stage((CONTRAST,), "contrast", trains=BACKBONES, share=10 / 11), classifier_stage(1 / 11)),
+        KCLSettings,
+        experts=Experts(1, most=1),
+    )
+}

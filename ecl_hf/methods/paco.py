@@ -12,10 +12,44 @@ Published top-1, best test epoch: CIFAR-100-LT at imbalance 10/50/100 64.2/56.0/
 AutoAugment); ImageNet-LT 57.0 (ResNet-50), 58.2 (ResNeXt-50), iNaturalist 2018 73.2 (ResNet-50), all 400 epochs.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from ecl_hf.checks import require
 from ecl_hf.losses import contrast, full_precision, same_class
+from ecl_hf.methods.base import Experts, Method, PerImage, Stage, TaskOutputs, Term
+from ecl_hf.methods.settings import MomentumSettings
+
+
+@dataclass(kw_only=True)
+class PaCoSettings(MomentumSettings):
+    """Of parametric contrastive learning; the defaults are those for CIFAR-100-LT."""
+
+    queue_size: int = 1024
+    """Keys in the queue; 8192 on ImageNet-LT and iNaturalist 2018."""
+    projection_dim: int = 32
+    """Width of the contrastive projections; 128 on ImageNet-LT and iNaturalist 2018."""
+    projector_batchnorm: bool = True
+    """BatchNorm between the two layers of the projector."""
+    temperature: float = 0.05
+    """Temperature of the similarities; 0.2 with ResNet-50, 0.07 with ResNeXt-50."""
+    alpha: float = 0.01
+    """Weight of a picture as a positive; 0.05 on ImageNet-LT and iNaturalist 2018."""
+    beta: float = 1.0
+    """Weight of the label's centre."""
+    gamma: float = 1.0
+    """How often a picture counts among the competitors."""
+    logit_temperature: float = 1.0
+    """Temperature of the centres' logits."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("temperature", "beta", "logit_temperature"):
+            require(getattr(self, name) > 0, f"loss.{name} must be positive, got {getattr(self, name)}")
+        for name in ("alpha", "gamma"):
+            require(getattr(self, name) >= 0, f"loss.{name} must not be negative, got {getattr(self, name)}")
 
 
 def parametric_contrast(
@@ -69,3 +103,26 @@ def parametric_contrast(
         weights / weights.sum(1, keepdim=True),
         torch.cat([torch.ones_like(centres), gamma * present], dim=1),
     )
+
+
+def _loss(out: TaskOutputs, settings: PaCoSettings) -> PerImage:
+    losses = parametric_contrast(
+        out.cls_logits[0],
+        out.log_class_counts.log_softmax(0),
+        out.labels,
+        out.queries[0],
+        out.keys[0],
+        out.queues[0],
+        out.queue_labels,
+        settings.temperature,
+        settings.alpha,
+        settings.beta,
+        settings.gamma,
+        settings.logit_temperature,
+    )
+    return PerImage(losses)
+
+
+PARAMETRIC = Term("parametric_contrast", _loss, needs=frozenset({"momentum"}), whole_batch=True)
+
+METHODS = {"paco": Method((Stage((PARAMETRIC,)),), PaCoSettings, experts=Experts(1, most=1))}

@@ -15,11 +15,28 @@ Published top-1: CIFAR-10-LT at imbalance 10/50/100 88.7/82.9/79.7, CIFAR-100-LT
 of LDAM-DRW); ImageNet-LT 52.4 (KCL 51.5), iNaturalist 2018 69.7 (ResNet-50, 400 epochs, then 40 of the classifier).
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ecl_hf.checks import require
 from ecl_hf.losses import contrast, full_precision, key_similarities, share_evenly
+from ecl_hf.methods.base import (
+    BACKBONES,
+    Experts,
+    Method,
+    Part,
+    PartsContext,
+    PerImage,
+    Stage,
+    TaskOutputs,
+    Term,
+    sum_over_processes,
+)
+from ecl_hf.methods.kcl import CONTRAST, KCLSettings, classifier_stage, draw_positives
 
 TARGET_TEMPERATURE = 0.07
 TARGET_STEPS = 10_000
@@ -150,3 +167,80 @@ def targeted_contrast(
     else:
         weights = torch.cat([share_evenly(pictures, scores.dtype), target], dim=1)
     return contrast(scores, weights)
+
+
+@dataclass(kw_only=True)
+class TSCSettings(KCLSettings):
+    """Of targeted supervised contrast; the defaults are those for ImageNet-LT."""
+
+    target_weight: float = 0.2
+    """Weight of the target among the positives."""
+    target_form: Literal["paper", "code"] = "paper"
+    """`paper`: the weight as it is; `code`: divided by the number of positives, as the published code has it."""
+    target_steps: int = TARGET_STEPS
+    """Steps of the search for the targets, where they are no simplex: more classes than projection_dim + 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.target_weight >= 0, f"loss.target_weight must not be negative, got {self.target_weight}")
+        require(self.target_steps >= 1, f"loss.target_steps must be at least 1, got {self.target_steps}")
+
+
+class Targets(Part):
+    """Targets, the classes' centroids, and which target a class has; all move after each step, by all its pictures."""
+
+    def __init__(self, num_classes: int, dim: int, steps: int) -> None:
+        super().__init__()
+        self.register_buffer("targets", spread_targets(num_classes, dim, steps=steps))
+        self.register_buffer("centroids", F.normalize(torch.randn(num_classes, dim), dim=-1))
+        self.register_buffer("assignment", assign(self.centroids, self.targets))
+        self.register_buffer("sums", torch.zeros(num_classes, dim))
+
+    @torch.no_grad()
+    def collect(self, queries: Tensor, labels: Tensor) -> None:
+        """Remember queries [B, P] of classes [B] until the end of the step."""
+        self.sums.index_add_(0, labels, queries.detach().to(self.sums.dtype))
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Move the centroids of the classes that the step had pictures of, and assign the targets anew."""
+        self.centroids = move_centroids(self.centroids, sum_over_processes(self.sums))
+        self.assignment = assign(self.centroids, self.targets)
+        self.sums.zero_()
+
+
+def _targets(context: PartsContext) -> Targets:
+    settings = context.settings
+    return Targets(len(context.class_counts), settings.projection_dim, settings.target_steps)
+
+
+def _contrast(out: TaskOutputs, settings: TSCSettings) -> PerImage:
+    part = out.parts["contrast"]
+    part.collect(out.queries[0], out.labels)
+    losses = targeted_contrast(
+        out.queries[0],
+        out.keys[0],
+        out.queues[0],
+        draw_positives(out.labels, out.queue_labels, settings.positives),
+        part.targets,
+        part.assignment[out.labels],
+        settings.temperature,
+        settings.target_weight,
+        settings.target_form == "code",
+    )
+    return PerImage(losses)
+
+
+TARGETED = Term("contrast", _contrast, needs=frozenset({"momentum"}), part=_targets)
+
+METHODS = {
+    "tsc": Method(
+        (
+            Stage((CONTRAST,), "contrast", trains=BACKBONES, share=5 / 11),
+            Stage((TARGETED,), "targeted contrast", trains=BACKBONES, share=5 / 11),
+            classifier_stage(1 / 11),
+        ),
+        TSCSettings,
+        experts=Experts(1, most=1),
+    )
+}

@@ -75,7 +75,8 @@ class Recipe:
     def from_arguments(cls, parser: ArgumentParser, arguments: Namespace) -> "Recipe":
         """The recipe among parsed arguments; a value out of range is a ValueError that names its key."""
         for section in ("loss", *(item.name for item in fields(cls) if is_dataclass(item.type))):
-            require(isinstance(arguments[section], Namespace), f"{section} must be a section with keys of its own")
+            given = arguments.get(section, Namespace())  # settings without a field leave no trace
+            require(isinstance(given, Namespace), f"{section} must be a section with keys of its own")
         values = parser.instantiate(arguments)
         return cls(**{name: values[name] for name in cls.__dataclass_fields__})
 

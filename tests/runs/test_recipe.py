@@ -375,8 +375,8 @@ def test_empty_or_senseless_values_are_named(text, message, tmp_path):
 def test_a_setting_of_another_method_names_both(tmp_path):
     with pytest.raises(ValueError, match=r"loss\.alpha_logit is no setting of bc, but of bkt, .*; it has"):
         from_text(tmp_path, "method: bc\nloss:\n  alpha_logit: 0.5\n")
-    with pytest.raises(ValueError, match=r"loss\.alpha is no setting of ecl; it has .*alpha_logit"):
-        prepare_flags(["--loss.alpha=1"])
+    with pytest.raises(ValueError, match=r"loss\.alphas is no setting of ecl; it has .*alpha_logit"):
+        prepare_flags(["--loss.alphas=1"])
 
 
 @pytest.mark.parametrize("as_two_words", [False, True])

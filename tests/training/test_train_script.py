@@ -60,9 +60,25 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert tests[0] == tests[1]
 
 
+@pytest.fixture(scope="session")
+def teacher_flags(tmp_path_factory):
+    """The flag that names a model of a method's teacher, which is trained once; no flag for a method without."""
+    runs = {}
+
+    def flags(method: str) -> list[str]:
+        if (teacher := METHODS[method].teacher) is None:
+            return []
+        if teacher not in runs:
+            folder = tmp_path_factory.mktemp("teacher") / teacher
+            runs[teacher] = train(folder, f"--method={teacher}", "--train.max_steps=2")
+        return [f"--model.teacher={runs[teacher]}"]
+
+    return flags
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_and_exports_only_what_inference_needs(method, tmp_path):
-    run = train(tmp_path / "run", f"--method={method}", "--train.max_steps=2")
+def test_every_method_trains_and_exports_only_what_inference_needs(method, tmp_path, teacher_flags):
+    run = train(tmp_path / "run", f"--method={method}", "--train.max_steps=2", *teacher_flags(method))
     stage = METHODS[method].stages[0]
     assert set(epochs(run)[0]) == {"epoch", "stage", "step", "loss", "lr", *(term.name for term in stage.terms)}
     results = json.loads((run / "results.json").read_text())
