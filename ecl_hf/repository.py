@@ -3,7 +3,6 @@
 A repository is untrusted input: what is wrong with it is an error that names the file.
 """
 
-import json
 import operator
 import re
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import cached_files, extract_commit_hash
 
 from .configuration_ecl import ECLConfig
+from .files import CHECKSUMS, check_regular, checksum, read_checksums, read_object, write_checksums
 
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, "model-*-of-*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
 
@@ -118,7 +118,7 @@ def upload_directory(
             commit_message=commit_message,
             commit_description=commit_description,
             ignore_patterns=kept,
-            delete_patterns=list(WEIGHT_FILES),
+            delete_patterns=[*WEIGHT_FILES, CHECKSUMS],
         )
 
 
@@ -135,26 +135,59 @@ def positions(experts: Sequence[int], config: ECLConfig, source: str | Path) -> 
     return chosen
 
 
+def seal_weights(directory: Path) -> None:
+    """Write the checksums of a saved model's weights, so that a flipped bit does not load as if nothing were."""
+    write_checksums(directory, [file for pattern in WEIGHT_FILES for file in directory.glob(pattern)])
+
+
+def check_seal(source: str | Path, files: Sequence[str], hub: dict[str, Any]) -> None:
+    """Refuse weight files that are not as they were saved; repositories without checksums are taken as they are.
+
+    Args:
+        source: directory or Hub repository.
+        files: the paths of those that were read.
+        hub: what chooses the repository's revision and the cache.
+    """
+    if (listed := _find(source, CHECKSUMS, hub)) is None:
+        return
+    expected = read_checksums(listed)
+    for file in files:
+        name = Path(file).name
+        if name in expected and checksum(file) != expected[name]:
+            raise ValueError(
+                f"{name} of {source} is not what was saved: its SHA-256 is not that of {CHECKSUMS}. Get it anew, or "
+                f"delete {CHECKSUMS} if you changed it"
+            )
+
+
+def _find(source: str | Path, name: str, hub: dict[str, Any]) -> str | None:
+    """A file of a repository; None if it is not there, or not in the cache."""
+    with explain_hub_errors(source, "read"):
+        try:
+            return cached_file(source, name, **hub)
+        except OSError as error:
+            if _hub_status(error):
+                raise
+            return None
+
+
 def read_experts(
     source: str | Path, config: ECLConfig, experts: Sequence[int], hub: dict[str, Any]
-) -> dict[str, Tensor]:
-    """State dict of the chosen experts, renumbered from 0, and of what they share; opens their files only."""
+) -> tuple[dict[str, Tensor], list[str]]:
+    """State dict of the chosen experts, renumbered from 0, and of what they share, and the paths of their files.
+
+    Other files of weights are not opened. `hub` gets the revision that the index belongs to.
+    """
     parts = {f"experts.{k}.": f"experts.{position}." for position, k in enumerate(experts)}
     if config.share_stages:
         parts["trunk."] = "trunk."
-    with explain_hub_errors(source, "read"):
-        try:
-            index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **hub)
-        except OSError as error:
-            if _hub_status(error):  # else it is not there, or not in the cache: one file may hold everything
-                raise
-            index = None
+    index = _find(source, SAFE_WEIGHTS_INDEX_NAME, hub)  # without it, one file may hold everything
     names = {part: [SAFE_WEIGHTS_NAME] for part in parts}
     if index:
         weight_map = _read_index(index, source)
         names = {part: sorted({f for key, f in weight_map.items() if key.startswith(part)}) for part in parts}
         if pinned := extract_commit_hash(index, None):  # else the files could be those of a later commit
-            hub = {**hub, "revision": pinned}
+            hub["revision"] = pinned
     if empty := [part for part in parts if not names[part]]:
         raise ValueError(f"{source} has {SAFE_WEIGHTS_INDEX_NAME}, but it names no weights of {empty[0][:-1]}")
     wanted = sorted({name for files in names.values() for name in files})
@@ -165,15 +198,15 @@ def read_experts(
         for name in names[part]:
             tensors = _read_tensors(paths[name], part, source)
             state |= {f"{renamed}{key}": tensor for key, tensor in tensors.items()}
-    return state
+    return state, list(paths.values())
 
 
 def _read_index(path: str, source: str | Path) -> dict[str, str]:
     """Tensor name -> file name, which must lie beside the index."""
     try:
-        weight_map = json.loads(Path(path).read_text())["weight_map"]
+        weight_map = read_object(path)["weight_map"]
         names = set(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} of {source} is no index of weights: {error!r}") from error
     if strange := [name for name in names if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(name))]:
         raise ValueError(
@@ -185,6 +218,7 @@ def _read_index(path: str, source: str | Path) -> dict[str, str]:
 def _read_tensors(path: str, prefix: str, source: str | Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file whose names begin with the prefix, which is removed."""
     name = Path(path).name
+    check_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
             keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118  (not a mapping)

@@ -13,10 +13,11 @@ PACKAGE = ROOT / "ecl_hf"
 
 # Published with every model, where nothing else of the package is at hand.
 PUBLISHED = {
-    "configuration_ecl": set(),
+    "files": set(),
+    "configuration_ecl": {"files"},
     "backbones": set(),
     "heads": {"configuration_ecl"},
-    "repository": {"configuration_ecl"},
+    "repository": {"configuration_ecl", "files"},
     "modeling_ecl": {"configuration_ecl", "backbones", "heads", "repository"},
 }
 # What a file or a room (a folder) may import of the package beside what lies in it: files, rooms or files of rooms.
@@ -25,13 +26,15 @@ ALLOWED = PUBLISHED | {
     "pipeline": set(),
     "cli": set(),
     "checks": set(),
+    "names": set(),
+    "terminal": {"names"},
     "losses": set(),
     "methods": {"checks", "losses", "data.samplers", "data.mixing", *PUBLISHED},
     "learning": {"checks", "losses", "methods", "data.samplers", *PUBLISHED},
-    "data": {"checks"},
-    "runs": {"checks", "data.config", "learning.config", "methods", "publishing.config", *PUBLISHED},
-    "evidence": {"losses", "runs", *PUBLISHED},
-    "publishing": {"checks", "evidence", *PUBLISHED},
+    "data": {"checks", "files", "names"},
+    "runs": {"checks", "names", "data.config", "learning.config", "methods", "publishing.config", *PUBLISHED},
+    "evidence": {"losses", "names", "runs", *PUBLISHED},
+    "publishing": {"checks", "names", "evidence", *PUBLISHED},
 }
 SCRIPTS = sorted(path.stem for path in (ROOT / "training").glob("[!_]*.py"))
 

@@ -1,6 +1,7 @@
 """A model repository is a stranger's: what is wrong with it is a clear error, and nothing of it is executed."""
 
 import json
+import os
 import pickle
 import resource
 import shutil
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from ecl_hf import ECLConfig, ECLForImageClassification
+from ecl_hf.repository import seal_weights
 
 SECOND = "model-00002-of-00003.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -41,6 +43,16 @@ def weights(file, change):
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
+    seal_weights(file.parent)
+
+
+# What a file can be replaced by, so that whoever opens and reads it waits for ever or fills the memory
+ODD_FILES = {
+    "pipe": os.mkfifo,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "directory": lambda path: path.mkdir(),
+    "terabyte": lambda path: (path.touch(), os.truncate(path, 1 << 40)),
+}
 
 
 class Bomb:
@@ -97,6 +109,48 @@ def test_missing_shard_is_named(repository, load):
         load(repository)
 
 
+@pytest.mark.parametrize("odd", ODD_FILES.values(), ids=ODD_FILES)
+@pytest.mark.parametrize("name", ["config.json", INDEX, SECOND])
+def test_only_regular_files_are_read(repository, name, odd):
+    (repository / name).unlink()
+    odd(repository / name)
+    with pytest.raises((OSError, ValueError), match="config.json" if name == "config.json" else r"model.*safetensors"):
+        ECLForImageClassification.from_pretrained(repository)
+
+
+@pytest.mark.parametrize("place", [-1, -1000, -100_000])
+def test_flipped_bit_is_noticed(repository, place):
+    content = bytearray((repository / SECOND).read_bytes())
+    content[place] ^= 1
+    (repository / SECOND).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{SECOND} of .* is not what was saved: .* SHA256SUMS"):
+        ECLForImageClassification.from_pretrained(repository)
+    assert len(ECLForImageClassification.from_pretrained(repository, experts=[0, 2]).experts) == 2
+    (repository / "SHA256SUMS").unlink()
+    assert len(ECLForImageClassification.from_pretrained(repository).experts) == 3
+
+
+def test_checksums_are_those_of_sha256sum(repository):
+    done = subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=repository, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 4  # three experts and the index
+
+
+def test_strangers_code_is_not_passed_on(repository, tmp_path):
+    own = json.loads((repository / "config.json").read_text())["auto_map"]
+    (repository / "evil.py").write_text("")
+    code = {**own, "AutoModel": "evil/repo--evil.Evil", "AutoImageProcessor": "evil.Evil"}
+    edit(repository / "config.json", auto_map=code, custom_pipelines={"evil": {"impl": "evil.Evil"}}, evil=1)
+    with pytest.warns(
+        UserWarning, match=r"2 unknown keys are left out: custom_pipelines, evil \(config\.json of .*model"
+    ):
+        model = ECLForImageClassification.from_pretrained(repository)
+    model.save_pretrained(tmp_path / "copy")
+    saved = json.loads((tmp_path / "copy" / "config.json").read_text())
+    assert saved["auto_map"] == own
+    assert "evil" not in json.dumps(saved)
+
+
 @pytest.mark.parametrize("load", LOADERS)
 @pytest.mark.parametrize(
     "name", ["../other/model.safetensors", "/etc/model.safetensors", "..\\x.safetensors", 7, "x.bin"]
@@ -108,6 +162,11 @@ def test_index_must_not_point_elsewhere(repository, load, name):
     edit(repository / INDEX, weight_map={key: name if "experts.1." in key else f for key, f in weight_map.items()})
     with pytest.raises(ValueError, match=rf"{INDEX} of .* names .*, which is no weight file beside it"):
         load(repository)
+
+
+def test_directory_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere is neither a directory nor a name of a repository"):
+        ECLForImageClassification.from_pretrained(tmp_path / "nowhere")
 
 
 def test_deep_configuration_is_refused(repository):
@@ -223,11 +282,19 @@ def test_weights_for_other_classes_are_refused_before_a_head_is_made(repository)
         ({"model_args": {"pretrained_cfg_overlay": {"file": "/etc/passwd"}}}, "must not hold pretrained_cfg_overlay"),
         ({"architecture": "test_vit", "model_args": {"depth": 10**9}}, "the numbers in model_args add up to"),
         ({"architecture": "test_vit", "model_args": {"depth": float("inf")}}, "the numbers in model_args add up to"),
+        ({"architecture": "resnet50", "model_args": {"layers": [8000] * 4}}, "more than 20000 layers and blocks"),
+        ({"model_args": {"x": json.loads("[" * 9 + "]" * 9)}}, "model_args is nested more than 8 times"),
+        ({"architecture": "resnet" * 700_000}, "architecture has 4200000 characters"),
         ({"pretrained_cfg": {"input_size": [3, 10**6, 10**6]}}, "pretrained_cfg.input_size"),
         ({"pretrained_cfg": {"input_size": "huge"}}, "pretrained_cfg.input_size"),
         ({"pretrained_cfg": {"input_size": [3, 32, 32], "std": [0, 1, 1]}}, "pretrained_cfg.std"),
         ({"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0, 1]}}, "pretrained_cfg.mean"),
         ({"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 1e-9}}, "pretrained_cfg.crop_pct"),
+        (
+            {"pretrained_cfg": {"input_size": [3, 512, 512], "crop_pct": 0.1}},
+            "enlarged to more than 2048 pixels a side",
+        ),
+        ({"pretrained_cfg": {"input_size": [3, 32, 32], "std": [1e-300] * 3}}, "pretrained_cfg.std"),
         ({"pretrained_cfg": {}}, "pretrained_cfg.input_size"),
         ({"pretrained_cfg": {"input_size": [3, 32, 32], "interpolation": "evil"}}, "pretrained_cfg.interpolation"),
         ({"pretrained_cfg": {"input_size": [3, 32, 32], "crop_mode": ["evil"]}}, "pretrained_cfg.crop_mode"),
@@ -252,14 +319,17 @@ def test_weights_for_other_classes_are_refused_before_a_head_is_made(repository)
         ({"class_counts": [10**400, 1, 1]}, "class_counts must be non-negative, at most"),
         ({"class_counts": [1, 2]}, "class_counts has 2 entries"),
         ({"classifier_scale": float("nan"), "classifier": "cosine"}, "classifier_scale"),
+        ({"classifier_scale": 10**19, "classifier": "cosine"}, "classifier_scale"),
     ],
 )
 def test_absurd_configurations_are_refused(repository, changes, message):
     edit(repository / "config.json", **changes)
     for load in (ECLForImageClassification, AutoModelForImageClassification):
         if load is ECLForImageClassification or "model_type" not in changes:
-            with pytest.raises(ValueError, match=message):
+            with pytest.raises(ValueError, match=message) as caught:
                 load.from_pretrained(repository)
+            assert str(repository) in str(caught.value)
+            assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize("content", [None, "{}", "[]"])

@@ -25,7 +25,7 @@ from ecl_hf.publishing.hub import BackgroundUpload
 ROOT = Path(__file__).parents[2]
 NAMES = ["red fox", "wolf", "lynx", "otter"]
 REPO = "owner/foxes"
-CODE = {"backbones.py", "configuration_ecl.py", "heads.py", "modeling_ecl.py", "repository.py"}
+CODE = {"backbones.py", "configuration_ecl.py", "files.py", "heads.py", "modeling_ecl.py", "repository.py"}
 
 
 def build(num_experts=3, architecture="test_resnet", seed=0):
@@ -70,7 +70,8 @@ def weight_files(num_experts):
 
 def test_files_of_a_repository(hub, pushed):
     names = set(HfApi().list_repo_files(REPO)) - {".gitattributes"}
-    assert names == weight_files(3) | CODE | {"README.md", "config.json", "model.safetensors.index.json"}
+    beside = {"README.md", "SHA256SUMS", "config.json", "model.safetensors.index.json"}
+    assert names == weight_files(3) | CODE | beside
     assert HfApi().model_info(REPO).pipeline_tag == "image-classification"
 
 

@@ -1,0 +1,99 @@
+"""Files that may be a stranger's: only regular ones are opened, of a bounded size, and errors name them."""
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+CHECKSUMS = "SHA256SUMS"
+"""File with the checksums of those beside it, as `sha256sum --check` reads them."""
+
+MAX_TEXT = 1 << 26
+"""Bytes of a text file: a configuration with names and counts of a million classes has fewer."""
+
+
+@contextmanager
+def opening(path: str | Path, most: int | None = None) -> Iterator[BinaryIO]:
+    """Open a regular file for reading; a link may lead to it.
+
+    Args:
+        path: of the file.
+        most: bytes that it may have.
+
+    Raises:
+        OSError: it can't be opened.
+        ValueError: it is a directory, pipe, device or socket, or larger; the message names it.
+    """
+    # Without O_NONBLOCK the opening of a pipe that nobody writes to would wait for ever
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{path} is no regular file")
+        if most is not None and found.st_size > most:
+            raise ValueError(f"{path} has {found.st_size} bytes; more than {most} are not read")
+        yield file
+
+
+def check_regular(path: str | Path) -> None:
+    """Refuse what `opening` refuses, before a library opens it."""
+    with opening(path):
+        pass
+
+
+def read_bytes(path: str | Path, most: int) -> bytes:
+    """Content of a regular file of at most so many bytes; errors are those of `opening`."""
+    with opening(path, most) as file:
+        return file.read()
+
+
+def read_text(path: str | Path, most: int = MAX_TEXT) -> str:
+    """Content of a UTF-8 file; ValueError names what is none, or is larger."""
+    try:
+        return read_bytes(path, most).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+
+
+def read_json(path: str | Path, most: int = MAX_TEXT) -> Any:
+    """Content of a JSON file; ValueError names what is none, is larger, or is nested too deeply."""
+    text = read_text(path, most)
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or no JSON file: {error}") from error
+
+
+def read_object(path: str | Path, most: int = MAX_TEXT) -> dict[str, Any]:
+    """Content of a JSON file that holds an object; ValueError names what does not."""
+    content = read_json(path, most)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object, but {type(content).__name__}")
+    return content
+
+
+def checksum(path: str | Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with opening(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_checksums(folder: Path, files: list[Path]) -> None:
+    """List files of a folder with their checksums in it."""
+    lines = [f"{checksum(file)}  {file.name}\n" for file in sorted(files)]
+    (folder / CHECKSUMS).write_text("".join(lines))
+
+
+def read_checksums(path: str | Path) -> dict[str, str]:
+    """File names with their checksums."""
+    lines = read_text(path).splitlines()
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}

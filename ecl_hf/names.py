@@ -1,0 +1,47 @@
+"""Names that others chose, of classes and files, as they can be shown: in a terminal, a figure, a card.
+
+A name may hold anything: commands for the terminal, marks that turn the direction of writing, Markdown, HTML.
+"""
+
+import html
+import re
+import unicodedata
+
+SHOWN = 80
+"""Characters of a name that are shown."""
+
+JOINERS = "\u200c\u200d"
+"""Invisible characters that Persian, Hindi and emoji need."""
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+def printable(text: str, most: int = SHOWN) -> str:
+    """A name on one line, without characters that do something or can't be encoded; a long one loses its middle."""
+    shown = "".join(map(_shown, " ".join(text.split())))
+    return shown if len(shown) <= most else f"{shown[: most // 2 - 1]}…{shown[len(shown) - (most - most // 2) :]}"
+
+
+def _shown(character: str) -> str:
+    if character.isascii():
+        return character if character.isprintable() else REPLACEMENT
+    # Control, format, surrogate, private use, unassigned; separators of lines and paragraphs
+    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+    return REPLACEMENT if hidden and character not in JOINERS else character
+
+
+def readable(text: str, most: int = 4000) -> str:
+    """A message of several lines in which names may stand: each line is `printable`, but as long as it is."""
+    lines = [printable(line, most) if line.strip() else "" for line in text.split("\n")]
+    return "\n".join(lines) if sum(map(len, lines)) <= most else "\n".join(lines)[: most - 1] + "…"
+
+
+def in_markdown(text: str) -> str:
+    """A name as plain text of a Markdown page, also within a table; no mark, link or tag comes out of it."""
+    marks = re.sub(r"([\\`*_{}\[\]()#+!|~$-])", r"\\\1", html.escape(printable(text), quote=False))
+    return marks.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")
+
+
+def in_code(text: str) -> str:
+    """A name for a Markdown code span, whose end it can't be."""
+    return printable(text).replace("`", "'").replace("|", "/")
