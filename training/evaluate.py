@@ -40,6 +40,7 @@ from ecl_hf.evidence.analysis import (
     shifted_accuracy,
 )
 from ecl_hf.evidence.evaluation import Predictions, format_table, measure_speed, predict, summarise
+from ecl_hf.evidence.head_norms import diagnose
 from ecl_hf.evidence.landscape import landscape
 from ecl_hf.evidence.metrics import class_accuracy, confusion_matrix, reliability_table
 from ecl_hf.heads import create_head
@@ -275,6 +276,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for name in ("plain", "flip"):
             table = format_table(results["test"][name])
             print(f"{args.model} on {len(predictions.labels)} test images, {name}, in %\n{table}")
+        if advice := diagnose(plain):
+            print(advice)
         if predictions.left_out:
             print(f"{len(predictions.left_out)} test images could not be decoded and are left out:")
             print(*results["broken_pictures"]["first"], sep="\n")
