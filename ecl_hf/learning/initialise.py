@@ -39,6 +39,8 @@ def initialise_model(
     prior = method.logit_prior
     if callable(prior):
         prior = prior(torch.tensor(class_counts, dtype=torch.float64).clamp_min(1), settings, num_experts).tolist()
+    with torch.device("meta"):  # no weights, and no random numbers
+        width = create_encoder(config.architecture, **model_args).head_hidden_size if head.neck else 0
     model = ECLForImageClassification(
         ECLConfig(
             architecture=config.architecture,
@@ -49,6 +51,7 @@ def initialise_model(
             classifier_scale=head.scale,
             classifier_bias=head.bias,
             classifier_chunks=head.chunks,
+            classifier_neck=head.neck * width,
             class_counts=class_counts,
             logit_prior=prior,
             model_args=model_args or None,

@@ -325,12 +325,21 @@ class Stage:
 
 @dataclass(frozen=True)
 class HeadKind:
-    """A classification head as the published configuration names it; see `ECLConfig`."""
+    """A classification head as the published configuration names it; see `ECLConfig`.
+
+    Attributes:
+        kind: `classifier` there.
+        scale: `classifier_scale`.
+        bias: `classifier_bias`.
+        chunks: `classifier_chunks`.
+        neck: `classifier_neck` in multiples of the encoder's features.
+    """
 
     kind: str = "linear"
     scale: float = 16.0
     bias: bool = True
     chunks: int = 1
+    neck: int = 0
 
 
 @dataclass(frozen=True)
