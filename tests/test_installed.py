@@ -73,9 +73,8 @@ def test_train_on_two_processes_export_and_predict_from_another_folder(python, t
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    recipe = next(python.parents[1].rglob("recipes/quickstart.yaml"))
     small = ["--method=bc", "--train.max_steps=2", "--model.image_size=8"]
-    said = run("train", "--cpu", "--num_processes=2", f"--recipe={recipe}", *small, "--output_dir=run")
+    said = run("train", "--cpu", "--num_processes=2", "--recipe=quickstart", *small, "--output_dir=run")
     assert "2 process(es) on cpu" in said
     run("export", "--run", "run", "--output", "published", "--repo_id", "me/digits")
     assert "me/digits" in (tmp_path / "published/README.md").read_text()

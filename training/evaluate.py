@@ -48,7 +48,6 @@ from ecl_hf.methods import METHODS
 from ecl_hf.methods.ecl import BALANCED, BALANCED_DETACHED, INVERTED, SHUFFLED
 from ecl_hf.runs.folder import RunFolder, describe_environment, describe_model, write_atomically
 from ecl_hf.runs.recipe import Recipe
-from ecl_hf.runs.recipe_files import find_recipe
 
 TAUS = tuple(round(-1 + 0.1 * step, 1) for step in range(31))
 MAGNITUDES = tuple(round(-1 + 0.1 * step, 1) for step in range(21))
@@ -226,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     accelerator = Accelerator()
     try:
         old = read_output(args.output) if args.output else {}
-        config = Recipe.from_file(find_recipe(args.recipe)).data
+        config = Recipe.from_file(args.recipe).data
         config.path = args.data.path or config.path
         with accelerator.main_process_first():
             data = load_longtailed(config)

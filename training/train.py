@@ -1,8 +1,8 @@
 """Train an ensemble on a long-tailed split; the method is in the recipe.
 
-    python training/train.py --recipe training/recipes/quickstart.yaml --output_dir runs/quickstart
-    accelerate launch training/train.py --recipe training/recipes/cifar100_lt.yaml --output_dir runs/c100 --seed 1
-    accelerate launch training/train.py --recipe training/recipes/cifar100_lt.yaml --output_dir runs/c100 --resume
+    python training/train.py --recipe quickstart --output_dir runs/quickstart
+    accelerate launch training/train.py --recipe cifar100_lt --output_dir runs/c100 --seed 1
+    accelerate launch training/train.py --recipe cifar100_lt --output_dir runs/c100 --resume
     ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 training/train.py --recipe ... --output_dir ...
 
 Mixed precision and devices are Accelerate's own flags (`accelerate launch --mixed_precision bf16 ...`).
@@ -63,6 +63,7 @@ from ecl_hf.runs.folder import Progress, RunFolder, describe_environment, descri
 from ecl_hf.runs.interruption import STOPPED, StopRequest, plain_errors
 from ecl_hf.runs.launch import check_launch
 from ecl_hf.runs.recipe import Recipe, prepare_flags
+from ecl_hf.runs.recipe_files import RecipeFile
 
 CARD = Path(__file__).resolve().parents[1] / "hub_cards" / "model_card.md"
 
@@ -71,10 +72,10 @@ def parse(argv: Sequence[str] | None) -> tuple[Recipe, Namespace]:
     """Read recipe file and flags; an unknown key or a wrong type ends the program with its name."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog="train.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--recipe", action="config", help="YAML file; flags after it override it")
+    parser.add_argument("--recipe", action=RecipeFile, help="YAML file, or a name; flags after it override it")
     try:
         argv, method, left_out = prepare_flags(sys.argv[1:] if argv is None else argv)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     Recipe.add_arguments(parser, method)
     parser.add_argument("--output_dir", type=Path, required=True, help="Run folder to write")

@@ -4,6 +4,7 @@ The sections lie in the rooms that they are for; which settings the section `los
 """
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from ecl_hf.data.config import DataConfig
 from ecl_hf.learning.config import ModelConfig, OptimConfig, TrainConfig
 from ecl_hf.methods import METHODS, Settings
 from ecl_hf.publishing.config import HubConfig
+from ecl_hf.runs.recipe_files import find_recipe
 
 
 @dataclass(kw_only=True)
@@ -83,8 +85,7 @@ class Recipe:
     @classmethod
     def from_file(cls, path: str | Path) -> "Recipe":
         """Read a YAML recipe; FileNotFoundError if there is none, ValueError with the key of a wrong entry."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"recipe {path} is not a file")
+        path = find_recipe(path)
         found = read_yaml(path)
         try:
             method = found.get("method", "ecl")
@@ -94,6 +95,36 @@ class Recipe:
             return cls.from_arguments(parser, parser.parse_path(path))
         except (ArgumentError, ValueError) as error:
             raise ValueError(f"recipe {path}: {error}") from error
+
+    @classmethod
+    def named(cls, name: str | Path, **changes: Any) -> "Recipe":
+        """A recipe of the package by its name, or one of your own by its file, with some keys changed.
+
+            Recipe.named("quickstart", epochs=5, optim={"lr": 0.1})
+
+        Args:
+            name: such as `cifar100_lt`, or a path.
+            changes: keys with their values; a section is a dictionary of the keys that change in it.
+
+        Raises:
+            FileNotFoundError: there is no such recipe; the message lists the names.
+            ValueError: a key is unknown, or a value does not fit it; the message names the key.
+        """
+        tree = read_yaml(find_recipe(name))
+        own = tree.get("method", "ecl")
+        method = changes.get("method", own)
+        try:
+            tree["loss"], _ = own_settings(own, tree.get("loss", {}), method)
+            for key, value in changes.items():
+                section = tree.get(key) if isinstance(tree.get(key), dict) else {}
+                tree[key] = {**section, **value} if isinstance(value, dict) else value
+            check_settings(method, tree["loss"])
+            tree = {key: value for key, value in tree.items() if value != {}}
+            parser = ArgumentParser(exit_on_error=False)
+            cls.add_arguments(parser, method)
+            return cls.from_arguments(parser, parser.parse_object(json.loads(json.dumps(tree, default=os.fspath))))
+        except (ArgumentError, TypeError, ValueError) as error:
+            raise ValueError(f"recipe {name}: {error}") from error
 
 
 def settings_of(method: str) -> type[Settings]:
@@ -114,6 +145,22 @@ def check_settings(method: str, keys: Iterable[str]) -> None:
             raise ValueError(f"loss.{key} is no setting of {method}{of}; {has}")
 
 
+def own_settings(method: str, section: Any, other: str) -> tuple[Any, list[str]]:
+    """A file's section `loss`, which is for the file's own method, as another method can take it.
+
+    Returns:
+        The settings that the other method has too, and the names of those that it does not have.
+
+    Raises:
+        ValueError: the file's own method does not have one.
+    """
+    if not isinstance(section, dict):
+        return section, []
+    check_settings(method, section)
+    known = {item.name for item in fields(settings_of(other))}
+    return {key: section[key] for key in section if key in known}, [key for key in section if key not in known]
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The keys of a recipe file as they stand there; nothing is checked but that it is YAML with keys."""
     try:
@@ -132,12 +179,13 @@ def prepare_flags(argv: Sequence[str]) -> tuple[list[str], str, list[str]]:
     have are left out.
 
     Args:
-        argv: flags, `--recipe FILE` among them; the last word about a key counts.
+        argv: flags, `--recipe` with a file or a name among them; the last word about a key counts.
 
     Returns:
         The flags, with such a file replaced by its content; the method; the settings that were left out.
 
     Raises:
+        FileNotFoundError: there is no such recipe.
         ValueError: a flag or a file names settings that its method does not have.
     """
     flags, method, files = [], "ecl", []
@@ -148,21 +196,17 @@ def prepare_flags(argv: Sequence[str]) -> tuple[list[str], str, list[str]]:
             name, value = word, next(words, "")
         if name == "--method":
             method = value
-        elif name == "--recipe" and Path(value).is_file():
-            found = read_yaml(value)
+        elif name == "--recipe":
+            found = read_yaml(find_recipe(value))
             method = found.get("method", method)
             files.append((len(flags), found))
         flags.append(f"{name}={value}" if name in ("--recipe", "--method") else word)
     left_out = []
     for position, found in files:
-        section = found.get("loss")
-        if isinstance(section, dict):
-            check_settings(found.get("method", method), section)
-            own = {item.name for item in fields(settings_of(method))}
-            if dropped := [key for key in section if key not in own]:
-                kept = {key: value for key, value in section.items() if key in own}
-                flags[position] = f"--recipe={json.dumps({**found, 'method': method, 'loss': kept})}"
-                left_out += [f"loss.{key}" for key in dropped]
+        kept, dropped = own_settings(found.get("method", method), found.get("loss"), method)
+        if dropped:
+            flags[position] = f"--recipe={json.dumps({**found, 'method': method, 'loss': kept})}"
+            left_out += [f"loss.{key}" for key in dropped]
     given = (flag.partition("=")[0].removeprefix("--loss.") for flag in flags if flag.startswith("--loss."))
     check_settings(method, given)
     return flags, method, left_out

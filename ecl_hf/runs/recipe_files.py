@@ -26,11 +26,12 @@ def find_recipe(name: str | Path) -> Path:
 
 
 class RecipeFile(ActionConfigFile):
-    """Action of the flag `--recipe`: what the file says, later flags override."""
+    """Action of the flag `--recipe`, a file, a name, or JSON: what it says, later flags override."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Read the recipe that the flag names."""
         try:
-            super().__call__(parser, cfg, str(find_recipe(values)), option_string)
+            content = values if values.startswith("{") else str(find_recipe(values))
+            super().__call__(parser, cfg, content, option_string)
         except FileNotFoundError as error:
             parser.error(str(error))

@@ -3,9 +3,10 @@
 import shutil
 
 import pytest
+import train
 from jsonargparse import ArgumentParser
 
-from ecl_hf.runs.recipe import Recipe
+from ecl_hf.runs.recipe import Recipe, settings_of
 from ecl_hf.runs.recipe_files import RecipeFile, find_recipe, recipe_folder
 
 
@@ -36,6 +37,35 @@ def test_an_unknown_name_is_answered_with_the_known_ones(capsys):
     with pytest.raises(SystemExit, match="2"):
         parse("--recipe=nope")
     assert "recipe nope is neither a file nor one of" in capsys.readouterr().err
+
+
+def test_a_recipe_by_name_with_changes_is_that_of_the_flags(tmp_path):
+    flags = ["--recipe=quickstart", "--method=bc_ensemble", "--optim.lr=0.5", f"--data.path={tmp_path}", "--seed=3"]
+    changes = {"method": "bc_ensemble", "optim": {"lr": 0.5}, "data": {"path": tmp_path}, "seed": 3}
+    by_flags, _ = train.parse([*flags, "--output_dir=x"])
+    assert Recipe.named("quickstart", **changes) == by_flags
+    assert by_flags.optim.weight_decay == 0.005  # the file's
+
+
+def test_a_recipe_for_another_method_leaves_out_what_that_does_not_have():
+    assert Recipe.named("cifar100_lt", method="ce").loss == settings_of("ce")()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"epoch": 3}, "epoch"),
+        ({"optim": {"rate": 3}}, "rate"),
+        ({"epochs": "many"}, "epochs"),
+        ({"optim": {"lr": -1}}, "optim.lr"),
+        ({"method": "elc"}, "elc.*ecl"),
+        ({"method": "ce", "loss": {"alpha_logit": 1.0}}, "alpha_logit is no setting of ce"),
+        ({"data": {"path": object()}}, "object"),
+    ],
+)
+def test_a_change_that_does_not_fit_is_named(changes, said):
+    with pytest.raises(ValueError, match=said):
+        Recipe.named("quickstart", **changes)
 
 
 def test_a_mistake_in_a_recipe_names_its_key(tmp_path, capsys):
