@@ -32,7 +32,7 @@ from ecl_hf.data.sources import labels_of, read_source
 from ecl_hf.data.splits import PARTS, Split, check_output, compare_rows, pictures_of, records
 from ecl_hf.evidence.metrics import shot_groups
 from ecl_hf.repository import explain_hub_errors
-from ecl_hf.runs.recipe import Recipe
+from ecl_hf.runs.recipe import Recipe, prepare_flags
 from ecl_hf.runs.recipe_files import RecipeFile
 
 CARD = Path(str(files("ecl_hf.hub_cards") / "dataset_card.md"))
@@ -43,10 +43,17 @@ def parse(argv: Sequence[str] | None) -> tuple[Namespace, DataConfig | None]:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog="data.py", description=__doc__.split("\n")[0])
     commands = parser.add_subcommands(required=True)
+    argv, method = list(sys.argv[1:] if argv is None else argv), "ecl"
+    if argv[:1] == ["build"]:
+        try:
+            flags, method, _ = prepare_flags(argv[1:])
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        argv = ["build", *flags]
 
     build = ArgumentParser(description="Choose pictures by the data section of a recipe, and write the split.")
     build.add_argument("--recipe", action=RecipeFile, help="Recipe: file or name; flags after it override it")
-    Recipe.add_arguments(build)
+    Recipe.add_arguments(build, method)
     build.add_argument("--output", type=Path, required=True, help="Directory to write; it must not exist, or be empty")
     build.add_argument("--pictures", action="store_true", help="Copy the pictures too, as parquet files")
     commands.add_subcommand("build", build)
