@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import cached_files, extract_commit_hash
 
+from .aggregation import of_experts
 from .configuration_ecl import ECLConfig
 from .files import CHECKSUMS, check_regular, checksum, read_checksums, read_object, write_checksums
 
@@ -181,6 +182,8 @@ def read_experts(
     parts = {f"experts.{k}.": f"experts.{position}." for position, k in enumerate(experts)}
     if config.share_stages:
         parts["trunk."] = "trunk."
+    if isinstance(of_experts(config.aggregation, experts, config.num_experts), dict):
+        parts["router."] = "router."
     index = _find(source, SAFE_WEIGHTS_INDEX_NAME, hub)  # without it, one file may hold everything
     names = {part: [SAFE_WEIGHTS_NAME] for part in parts}
     if index:

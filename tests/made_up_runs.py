@@ -34,7 +34,7 @@ def make_run(folder: Path, seed: int = 0, experts: int = 3, landscape: bool = Tr
         **shared,
         **{"model": "somewhere/model", "images_per_second": 10.0, "landscape_images": 4, "logit_prior": "uniform"},
         "reliability": {"plain": {"ensemble": reliability_table(ensemble.softmax(-1), labels)}},
-        "posthoc": posthoc_accuracy(logits, labels, counts, [-1, 0.0, 1.0]),
+        "posthoc": posthoc_accuracy(logits, logits.mean(1), labels, counts, [-1, 0.0, 1.0]),
         "shifted": shifted_accuracy(ensemble, labels, counts, "uniform"),
     }
     arrays = {

@@ -17,8 +17,9 @@ PUBLISHED = {
     "configuration_ecl": {"files"},
     "backbones": set(),
     "heads": {"configuration_ecl"},
-    "repository": {"configuration_ecl", "files"},
-    "modeling_ecl": {"configuration_ecl", "backbones", "heads", "repository"},
+    "aggregation": set(),
+    "repository": {"configuration_ecl", "aggregation", "files"},
+    "modeling_ecl": {"configuration_ecl", "aggregation", "backbones", "heads", "repository"},
 }
 # What a file or a room (a folder) may import of the package beside what lies in it: files, rooms or files of rooms.
 ALLOWED = PUBLISHED | {

@@ -160,7 +160,7 @@ def landscape_arrays(
 
 def score_tables(predictions: Predictions, counts: list[int], logit_prior: str) -> dict[str, Any]:
     """Reliability of the ensemble and each expert, top-1 over tau, and top-1 under shifted test distributions."""
-    ways = {"plain": predictions.expert_logits, "flip": predictions.both_logits}
+    ensemble = predictions.ensemble_logits
 
     def reliability(logits: torch.Tensor) -> dict[str, list]:
         return reliability_table(logits.double().softmax(-1), predictions.labels)
@@ -168,11 +168,11 @@ def score_tables(predictions: Predictions, counts: list[int], logit_prior: str) 
     return {
         "logit_prior": logit_prior,
         "reliability": {
-            way: {"ensemble": reliability(logits.mean(1)), "experts": [reliability(z) for z in logits.unbind(1)]}
-            for way, logits in ways.items()
+            way: {"ensemble": reliability(combined), "experts": [reliability(z) for z in logits.unbind(1)]}
+            for way, (combined, logits) in predictions.ways.items()
         },
-        "posthoc": posthoc_accuracy(predictions.expert_logits, predictions.labels, counts, TAUS),
-        "shifted": shifted_accuracy(predictions.expert_logits.mean(1), predictions.labels, counts, logit_prior),
+        "posthoc": posthoc_accuracy(predictions.expert_logits, ensemble, predictions.labels, counts, TAUS),
+        "shifted": shifted_accuracy(ensemble, predictions.labels, counts, logit_prior),
     }
 
 
@@ -180,10 +180,10 @@ def class_arrays(predictions: Predictions, counts: list[int]) -> dict[str, np.nd
     """Class accuracies (ensemble first), confusion of the ensemble, feature distances, t-SNE of the first expert."""
     labels, classes = predictions.labels, len(counts)
     arrays = {}
-    for way, logits in (("plain", predictions.expert_logits), ("flip", predictions.both_logits)):
-        rows = torch.cat([logits.mean(1, keepdim=True), logits], dim=1).argmax(-1).unbind(1)
+    for way, (combined, logits) in predictions.ways.items():
+        rows = torch.cat([combined[:, None], logits], dim=1).argmax(-1).unbind(1)
         arrays[f"class_accuracy_{way}"] = torch.stack([class_accuracy(row, labels, classes) for row in rows]).numpy()
-    ensemble = predictions.expert_logits.mean(1).argmax(-1)
+    ensemble = predictions.ensemble_logits.argmax(-1)
     arrays["confusion"] = confusion_matrix(ensemble, labels, classes).to(torch.int32).numpy()
     arrays["feature_distance"] = pairwise_feature_distance(predictions.features, labels, classes).numpy()
     shown = embed_features(predictions.features[:, 0], labels, counts) if len(labels) >= 3 else {}

@@ -90,7 +90,11 @@ def shifted_accuracy(
 
 
 def posthoc_accuracy(
-    expert_logits: Tensor, labels: Tensor, class_counts: Sequence[int], taus: Sequence[float]
+    expert_logits: Tensor,
+    ensemble_logits: Tensor,
+    labels: Tensor,
+    class_counts: Sequence[int],
+    taus: Sequence[float],
 ) -> dict[str, list]:
     """Top-1 after post-hoc logit adjustment (Eq. 4) to a uniform prior, over a grid of tau.
 
@@ -99,6 +103,7 @@ def posthoc_accuracy(
 
     Args:
         expert_logits: [N, K, C].
+        ensemble_logits: [N, C].
         labels: [N].
         class_counts: training images of each class, [C].
         taus: strengths to try.
@@ -112,7 +117,7 @@ def posthoc_accuracy(
         return [(posthoc_adjust(logits, shift, t).argmax(-1) == labels).double().mean().item() for t in taus]
 
     experts = [curve(logits) for logits in expert_logits.unbind(1)]
-    return {"taus": list(taus), "ensemble": curve(expert_logits.mean(1)), "experts": experts}
+    return {"taus": list(taus), "ensemble": curve(ensemble_logits), "experts": experts}
 
 
 def expert_pairs(num_experts: int) -> list[tuple[int, int]]:

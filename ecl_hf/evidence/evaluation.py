@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ecl_hf.aggregation import combine
 from ecl_hf.evidence.metrics import expected_calibration_error, group_accuracy, topk_accuracy
 
 
@@ -20,6 +21,7 @@ class Predictions:
         expert_logits: [N, K, C].
         flipped_logits: the same of the mirrored images, [N, K, C].
         features: pooled backbone features of the images as they are, [N, K, D], when asked for.
+        combined: logits of the ensemble without and with test-time flip, [N, 2, C]; means over the experts when None.
         left_out: positions in the test set of images that could not be decoded; they are none of the N.
     """
 
@@ -27,12 +29,25 @@ class Predictions:
     expert_logits: Tensor
     flipped_logits: Tensor
     features: Tensor | None = None
+    combined: Tensor | None = None
     left_out: tuple[int, ...] = ()
 
     @property
     def both_logits(self) -> Tensor:
         """Test-time flip: mean of the logits of an image and its mirror image, [N, K, C]."""
         return (self.expert_logits + self.flipped_logits) / 2
+
+    @property
+    def ensemble_logits(self) -> Tensor:
+        """Logits of the ensemble for the images as they are, [N, C]."""
+        return self.expert_logits.mean(1) if self.combined is None else self.combined[:, 0]
+
+    @property
+    def ways(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Logits of ensemble [N, C] and experts [N, K, C], without and with test-time flip."""
+        both = self.both_logits
+        flip = both.mean(1) if self.combined is None else self.combined[:, 1]
+        return {"plain": (self.ensemble_logits, self.expert_logits), "flip": (flip, both)}
 
 
 @torch.no_grad()
@@ -46,7 +61,8 @@ def predict(
     """Run the ensemble over a test set, each image as it is and mirrored.
 
     Args:
-        model: returns `expert_logits`, [B, K, C], and if asked `features`, [B, K, D]; its mode is restored afterwards.
+        model: returns `expert_logits`, [B, K, C], `expert_weights`, and if asked `features`, [B, K, D]; its mode is
+            restored afterwards.
         batches: dictionaries with `pixel_values` [B, 3, H, W] and `labels` [B], on the model's device; an image whose
             label is -1 is left out.
         gather: joins tensors of all processes without the padding (`Accelerator.gather_for_metrics`).
@@ -61,15 +77,26 @@ def predict(
         pixel_values = batch["pixel_values"]
         output = model(pixel_values, **asked)
         flipped = model(pixel_values.flip(-1)).expert_logits if with_flip else output.expert_logits
-        tensors = [batch["labels"], output.expert_logits.float(), flipped.float()]
+        part = {
+            "labels": batch["labels"],
+            "expert_logits": output.expert_logits.float(),
+            "flipped_logits": flipped.float(),
+        }
         if with_features:
-            tensors.append(output.features.float())
-        parts.append([tensor.cpu() for tensor in gather(tuple(tensors))])
+            part["features"] = output.features.float()
+        if (weights := output.expert_weights) is not None:
+            both = (output.expert_logits + flipped) / 2
+            ways = [combine(logits.float(), weights.float()) for logits in (output.expert_logits, both)]
+            part["combined"] = torch.stack(ways, dim=1)
+        gathered = zip(part, gather(tuple(part.values())), strict=True)
+        parts.append({name: tensor.cpu() for name, tensor in gathered})
     model.train(was_training)
-    tensors = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
-    there = tensors[0] >= 0
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    there = tensors["labels"] >= 0
     left_out = tuple(torch.nonzero(~there)[:, 0].tolist())
-    return Predictions(*([tensor[there] for tensor in tensors] if left_out else tensors), left_out=left_out)
+    if left_out:
+        tensors = {name: tensor[there] for name, tensor in tensors.items()}
+    return Predictions(**tensors, left_out=left_out)
 
 
 def score(logits: Tensor, labels: Tensor, class_counts: list[int]) -> dict[str, float | None]:
@@ -88,13 +115,13 @@ def summarise(predictions: Predictions, class_counts: list[int]) -> dict[str, An
         `{"plain" | "flip": {"ensemble": score, "experts": [score] * K, "expert_mean": score, "expert_best": score}}`.
     """
     summary = {}
-    for name, logits in (("plain", predictions.expert_logits), ("flip", predictions.both_logits)):
+    for name, (combined, logits) in predictions.ways.items():
         experts = [score(expert, predictions.labels, class_counts) for expert in logits.unbind(1)]
         mean = {
             key: None if experts[0][key] is None else sum(expert[key] for expert in experts) / len(experts)
             for key in experts[0]
         }
-        ensemble = score(logits.mean(1), predictions.labels, class_counts)
+        ensemble = score(combined, predictions.labels, class_counts)
         best = max(experts, key=lambda expert: expert["top1"])
         summary[name] = {"ensemble": ensemble, "experts": experts, "expert_mean": mean, "expert_best": best}
     return summary

@@ -81,7 +81,7 @@ class CollaborativeTask(nn.Module):
 
     def keep_average(self, decay: float) -> None:
         """Keep an average of the model's weights, `average.module`, which follows after each optimiser step."""
-        self.average = ModelEmaV3(self.model, decay=decay)
+        self.average = ModelEmaV3(self.model, decay=decay).requires_grad_(False)
 
     def _freeze(self) -> None:
         """Let those parameters move that the stage trains; what stays for good is in evaluation mode."""

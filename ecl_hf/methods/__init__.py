@@ -8,8 +8,11 @@ from ecl_hf.methods import (
     bcl,
     cam,
     cbd,
+    ckt,
     class_balanced,
     cmo,
+    decoupling,
+    disalign,
     dive,
     dro_lt,
     ecl,
@@ -21,9 +24,13 @@ from ecl_hf.methods import (
     ldam,
     logit_adjustment,
     m2m,
+    mislas,
     paco,
     prior_lt,
+    tde,
+    tde_idr,
     tsc,
+    weight_balancing,
 )
 from ecl_hf.methods.base import Loss, Method, Stage, TaskOutputs, Term
 from ecl_hf.methods.settings import Settings
@@ -34,8 +41,11 @@ PAPERS = (
     bcl,
     cam,
     cbd,
+    ckt,
     class_balanced,
     cmo,
+    decoupling,
+    disalign,
     dive,
     dro_lt,
     focal,
@@ -46,9 +56,13 @@ PAPERS = (
     ldam,
     logit_adjustment,
     m2m,
+    mislas,
     paco,
     prior_lt,
+    tde,
+    tde_idr,
     tsc,
+    weight_balancing,
 )
 METHODS: dict[str, Method] = {name: method for paper in PAPERS for name, method in paper.METHODS.items()}
 

@@ -159,13 +159,12 @@ class EpochContext:
 
 
 class Part(nn.Module):
-    """Train-only module of a term: its parameters are trained, its buffers are in the checkpoint.
+    """Train-only module of a term: its parameters are trained, its buffers are in the checkpoint."""
 
-    Attributes:
-        picture_weights: what the sampler `by_weights` draws pictures by, [N]; None for all alike.
-    """
-
-    picture_weights: Tensor | None = None
+    @property
+    def picture_weights(self) -> Tensor | None:
+        """What the sampler `by_weights` draws pictures by, [N]; None for all alike."""
+        return None
 
     def before_epoch(self, context: EpochContext) -> None:
         """Called before each epoch of the stage; not when a run goes on within one."""
@@ -397,7 +396,8 @@ class Method:
         number = self.experts.default if asked is None else asked
         if number < least or (most is not None and number > most):
             made_for = f"{least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
-            raise ValueError(f"this method is made for {made_for} expert(s), not for model.num_experts {number}")
+            experts = "expert" if least == most == 1 else "experts"
+            raise ValueError(f"this method trains {made_for} {experts}, but the model has {number} (model.num_experts)")
         return number
 
     def stage_epochs(self, epochs: int) -> list[int]:

@@ -9,14 +9,24 @@ both notebooks).
 
 The loss of stage 2 is the published one: binary cross-entropy of softmax probabilities, about 1 / C as large as
 cross-entropy, so that the weight decay of 0.1 has the upper hand. It comes from a port of Cui et al.'s "softmax" loss,
-which is another.
+which is another. Weight decay and length belong to the method: stage 1 takes `optim.weight_decay` (published 0.005 for
+CIFAR-100-LT, the default), stage 2 its own. As published, the BatchNorm layers of the frozen encoder go on counting;
+`shift_statistics` turns it off. The second stage has a twentieth of all epochs (published: 320 and 10).
+
+Published top-1 on CIFAR-100-LT with an imbalance factor of 100 (the notebooks' best test epoch): 53.1, and 47.9 after
+stage 1. The network, called ResNet-32 there, is a ResNet-34 of 21 million parameters, 46 times as large as ResNet-32.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ecl_hf.losses import full_precision
+from ecl_hf.checks import require
+from ecl_hf.losses import effective_number_weights, full_precision
+from ecl_hf.methods.base import EpochContext, Method, Part, PartsContext, PerImage, Stage, TaskOutputs, Term
+from ecl_hf.methods.decoupling import HEADS_ALONE, ONE_LINEAR, FrozenEncoderSettings, representation
 
 
 def softmax_binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -59,3 +69,62 @@ def limit_norms(weight: Tensor, limit: Tensor | float) -> Tensor:
         [C, D].
     """
     return weight * (limit / weight.norm(dim=-1, keepdim=True)).clamp_max(1)
+
+
+@dataclass(kw_only=True)
+class WeightBalancingSettings(FrozenEncoderSettings):
+    """Of the second stage of weight balancing."""
+
+    beta: float = 0.9999
+    """Of the effective number of images, which weighs the classes."""
+    head_weight_decay: float = 0.1
+    """Weight decay of the classifier."""
+    norm_share: float = 0.1
+    """Length of the longest rows: this share of the way from the shortest row of the first stage to its longest."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.beta < 1, f"loss.beta must lie in [0, 1), got {self.beta}")
+        require(
+            self.head_weight_decay >= 0, f"loss.head_weight_decay must not be negative, got {self.head_weight_decay}"
+        )
+        require(0 <= self.norm_share <= 1, f"loss.norm_share must lie in 0..1, got {self.norm_share}")
+
+
+class MaxNorm(Part):
+    """Cuts the rows of the classifiers after each epoch to a length that is fixed when the stage begins."""
+
+    def __init__(self, context: PartsContext) -> None:
+        super().__init__()
+        limits = [norm_limit(e.head.weight.detach(), context.settings.norm_share) for e in context.model.experts]
+        self.register_buffer("limits", torch.stack(limits))
+
+    @torch.no_grad()
+    def after_epoch(self, context: EpochContext) -> None:
+        """Cut what is longer."""
+        for limit, expert in zip(self.limits, context.model.experts, strict=True):
+            expert.head.weight.copy_(limit_norms(expert.head.weight, limit))
+
+
+def _balanced(out: TaskOutputs, settings: WeightBalancingSettings) -> PerImage:
+    losses = torch.stack([softmax_binary_cross_entropy(z, out.labels) for z in out.cls_logits]).mean(0)
+    weights = effective_number_weights(out.class_counts, settings.beta)
+    return PerImage(weights[out.labels] * losses)
+
+
+METHODS = {
+    "weight_balancing": Method(
+        (
+            representation(0.95),
+            Stage(
+                (Term("supervision", _balanced, part=MaxNorm, two_labels=True),),
+                "classifier",
+                trains=HEADS_ALONE,
+                share=0.05,
+                weight_decay=lambda settings: settings.head_weight_decay,
+            ),
+        ),
+        WeightBalancingSettings,
+        **ONE_LINEAR,
+    )
+}

@@ -26,7 +26,7 @@ class PixelModel(nn.Module):
     def forward(self, pixel_values):
         self.modes.append(self.training)
         logits = self.norm(pixel_values.flatten(1) @ self.weight)
-        return SimpleNamespace(expert_logits=logits.unflatten(1, (EXPERTS, CLASSES)))
+        return SimpleNamespace(expert_logits=logits.unflatten(1, (EXPERTS, CLASSES)), expert_weights=None)
 
 
 def make_batches(sizes, dtype=torch.float32):

@@ -3,7 +3,11 @@
 import torch
 from torch.testing import assert_close
 
-from ecl_hf.methods import ckt
+from ecl_hf import ECLConfig, ECLForImageClassification
+from ecl_hf.learning.stages import begin_heads
+from ecl_hf.learning.task import CollaborativeTask
+from ecl_hf.methods import METHODS, ckt
+from ecl_hf.methods.base import EpochContext, Time
 
 COUNTS = torch.tensor([90, 12, 40, 3, 25, 20])
 WIDTH = 7
@@ -61,3 +65,39 @@ def test_limits():
         ckt.recomposed_rows(weight, prototypes, COUNTS, **OPTIONS | {"neighbours": 99}),
         ckt.recomposed_rows(weight, prototypes, COUNTS, **OPTIONS | {"neighbours": 3}),
     )
+
+
+def test_rows_are_recomposed_once_before_the_retraining():
+    model = ECLForImageClassification(
+        ECLConfig(
+            architecture="resnet20_cifar",
+            num_experts=1,
+            classifier="cosine",
+            classifier_bias=False,
+            class_counts=COUNTS.tolist(),
+        )
+    )
+    settings, stage = ckt.CKTSettings(neighbours=2), METHODS["ckt"].stages[1]
+    begin_heads(model, stage, settings)
+    task = CollaborativeTask(model, METHODS["ckt"], settings, stage=1)
+    labels = torch.arange(24) % len(COUNTS)
+    features = torch.randn(24, 1, 64)
+    labels[-1], features[-1] = -1, float("nan")  # could not be decoded
+
+    def begin_epoch(epoch):
+        predict = lambda: (labels, None, features)  # noqa: E731
+        task.parts["supervision"].before_epoch(EpochContext(Time(epoch, 3), model, settings, COUNTS, predict))
+
+    begin_epoch(1)
+    head = model.experts[0].head
+    units = torch.stack([unit(w) for w in head.head.weight.detach()])
+    assert_close(head.recomposed, units)
+    begin_epoch(0)
+    prototypes = torch.stack([unit(sum(unit(v) for v in features[:-1, 0][labels[:-1] == c])) for c in range(6)])
+    expected = ckt.recomposed_rows(head.head.weight.detach(), prototypes, COUNTS, 20, 2, 0.1, 0.5)
+    assert_close(head.recomposed, expected)
+    new = torch.stack([unit(w) for w in head.retrained.weight.detach()])
+    query = torch.randn(64)
+    logits = [16 * (torch.stack([u, v, w]) @ unit(query)).mean() for u, v, w in zip(units, new, expected, strict=True)]
+    assert_close(head.eval()(query[None])[0].detach(), torch.stack(logits))
+    assert_close(head.train()(query[None])[0].detach(), 16 * new @ unit(query))

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from ecl_hf.heads import ECLNormalisedHead
+from ecl_hf.learning.batchnorm import statistics
 from ecl_hf.methods import tde
 
 NUM_CLASSES, WIDTH = 5, 8
@@ -108,3 +109,15 @@ def test_a_dead_feature_has_finite_logits_and_gradients():
     logits.sum().backward()
     assert not logits.any()
     assert features.grad.isfinite().all()
+
+
+def test_the_mean_of_several_processes_is_that_of_all_images():
+    """Each process follows its own images; at the end the buffers are averaged, as those of BatchNorm are."""
+    weight, batches = torch.randn(NUM_CLASSES, WIDTH), torch.randn(5, 6, WIDTH, dtype=torch.double)
+    whole, *halves = (make_head(weight, 2).train() for _ in range(3))
+    for batch in batches:
+        whole(batch)
+        for half, part in zip(halves, batch.chunk(2), strict=True):
+            half(part)
+    assert_close((halves[0].running_mean + halves[1].running_mean) / 2, whole.running_mean)
+    assert {"running_mean"} == set(statistics(whole))

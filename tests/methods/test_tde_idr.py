@@ -5,7 +5,9 @@ import math
 import torch
 from torch.testing import assert_close
 
-from ecl_hf.methods import tde_idr
+from ecl_hf import ECLConfig, ECLForImageClassification
+from ecl_hf.methods import METHODS, tde_idr
+from ecl_hf.methods.base import EpochContext, PartsContext, Time
 
 NUM_IMAGES, NUM_CLASSES = 12, 4
 LABELS = torch.arange(NUM_IMAGES) % NUM_CLASSES
@@ -55,3 +57,27 @@ def test_what_is_hard():
     assert_close(tde_idr.difficulty(*tde_idr.prediction_moves(certain, q, LABELS), 1.0), 1 / learner)
     distant = tde_idr.difficulty(*tde_idr.prediction_moves(certain, q, LABELS), 1e9)
     assert_close(distant, torch.ones(NUM_IMAGES).double(), rtol=1e-6, atol=0)
+
+
+def test_the_part_follows_all_images_over_the_epochs():
+    method = METHODS["tde_idr"]
+    model = ECLForImageClassification(ECLConfig(architecture="resnet20_cifar", num_experts=1, num_labels=NUM_CLASSES))
+    settings = method.settings(difficulty_prior=0.5)
+    counts = LABELS.bincount()
+    part = tde_idr.Difficulty(PartsContext(model, settings, counts, LABELS))
+    assert_close(part.picture_weights, torch.ones(NUM_IMAGES))
+    before, sums = torch.full((NUM_IMAGES, NUM_CLASSES), 1 / NUM_CLASSES), torch.zeros(2, NUM_IMAGES)
+    for epoch in range(3):
+        logits = torch.randn(NUM_IMAGES, 1, NUM_CLASSES)
+        labels = LABELS.clone()
+        labels[5] = -1  # could not be decoded
+        part.after_epoch(EpochContext(Time(epoch, 3), model, settings, counts, lambda: (labels, logits, None)))  # noqa: B023
+        now = logits[:, 0].softmax(-1)
+        sums += torch.stack(by_loop(before, now, LABELS)).float()
+        before = now
+    expected = (0.5 + sums[0]) / (0.5 + sums[1])
+    expected[5] = 1.0
+    assert_close(part.picture_weights, expected, rtol=1e-4, atol=1e-5)
+    again = tde_idr.Difficulty(PartsContext(model, settings, counts, LABELS))
+    again.load_state_dict(part.state_dict())
+    assert torch.equal(again.picture_weights, part.picture_weights)

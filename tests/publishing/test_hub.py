@@ -25,7 +25,15 @@ from ecl_hf.publishing.hub import BackgroundUpload
 ROOT = Path(__file__).parents[2]
 NAMES = ["red fox", "wolf", "lynx", "otter"]
 REPO = "owner/foxes"
-CODE = {"backbones.py", "configuration_ecl.py", "files.py", "heads.py", "modeling_ecl.py", "repository.py"}
+CODE = {
+    "aggregation.py",
+    "backbones.py",
+    "configuration_ecl.py",
+    "files.py",
+    "heads.py",
+    "modeling_ecl.py",
+    "repository.py",
+}
 
 
 def build(num_experts=3, architecture="test_resnet", seed=0):

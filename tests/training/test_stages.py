@@ -1,0 +1,128 @@
+"""A method of three stages through the script: with samplers, mixing, new and wrapped heads; whole and interrupted."""
+
+import json
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from safetensors.torch import load_file
+from train import main
+
+from ecl_hf import ECLForImageClassification
+from ecl_hf.data.mixing import mixup
+from ecl_hf.data.samplers import class_aware, class_balanced
+from ecl_hf.methods import METHODS, Method, Stage, Term
+from ecl_hf.methods.base import HEADS, EpochContext, Part, PerImage, Trains
+from ecl_hf.methods.ecl import SUPERVISION
+from tests.children import TINY
+from tests.learning.test_stages import Doubled
+
+FLAGS = [flag for flag in TINY if not flag.startswith(("--loss", "--epochs"))] + ["--epochs=4"]
+
+
+class Remembers(Part):
+    """Counts hooks, and weighs pictures by how sure the model is of them."""
+
+    def __init__(self, context):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(3, dtype=torch.long))
+        self.register_buffer("weights", torch.ones(len(context.labels)))
+
+    @property
+    def picture_weights(self):
+        return self.weights
+
+    def before_epoch(self, _: EpochContext):
+        self.calls[0] += 1
+
+    def after_epoch(self, context: EpochContext):
+        labels, logits, _ = context.predict()
+        self.calls[1] += 1
+        self.weights.copy_(1.1 - logits.mean(1).softmax(-1).gather(1, labels[:, None])[:, 0])
+
+    def after_step(self):
+        self.calls[2] += 1
+
+
+def weighted(out, _):
+    losses = torch.nn.functional.cross_entropy(out.cls_logits.mean(0), out.labels, reduction="none")
+    return PerImage(losses, 1 / out.class_counts)
+
+
+WEIGHTED = Term("weighted", weighted, part=Remembers)
+STAGED = Method(
+    (
+        Stage((SUPERVISION,), "one", sampler=class_balanced(), mixing=mixup(1.0), share=0.5),
+        Stage(
+            (Term("weighted", weighted, part=Remembers),), "two", class_aware(2), trains=HEADS, heads="new", share=0.25
+        ),
+        Stage(
+            (SUPERVISION, WEIGHTED),
+            "three",
+            trains=Trains(lambda name: name.endswith(".factor")),
+            heads=lambda head, _: Doubled(head),
+            share=0.25,
+            lr=0.1,
+        ),
+    ),
+    settings=METHODS["bc"].settings,
+    finish=(lambda context: context.model.experts[0].head.bias.data.zero_(),),
+)
+
+
+@pytest.fixture(autouse=True)
+def staged(monkeypatch):
+    monkeypatch.setitem(METHODS, "staged", STAGED)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+def train(folder, *flags):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return main([*FLAGS, "--method=staged", f"--output_dir={folder}", *flags])
+
+
+def weights(run):
+    return {key: value for file in (run / "model").glob("*.safetensors") for key, value in load_file(file).items()}
+
+
+def lines(run):
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in logged]
+
+
+def test_stopped_anywhere_it_ends_with_the_same_weights(tmp_path):
+    whole = train(tmp_path / "whole")
+    assert [line["stage"] for line in lines(whole)] == ["one", "one", "two", "three"]
+    parts = tmp_path / "parts"
+    for stop in (3, 12, 15, 20):  # within a stage, between stages, within the next ones
+        train(parts, f"--train.max_steps={stop}", "--resume")
+    train(parts, "--resume")
+    ours, theirs = weights(whole), weights(parts)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert lines(whole) == lines(parts)
+    assert not ours["experts.0.head.bias"].any()  # the step after the last stage
+    assert ours["experts.1.head.bias"].any()
+    model = ECLForImageClassification.from_pretrained(parts / "model")
+    assert {type(expert.head).__name__ for expert in model.experts} == {"ECLHead"}
+
+
+@pytest.mark.parametrize("pieces", [2, 4])
+def test_accumulation_gives_the_step_of_the_whole_batch(pieces, tmp_path, monkeypatch):
+    """A class-weighted mean is that of the step, not of its pieces; LayerNorm, since BatchNorm sees the pieces."""
+    method = Method((Stage((Term("weighted", weighted),)),), settings=METHODS["bc"].settings)
+    monkeypatch.setitem(METHODS, "staged", method)
+    flags = ["--model.architecture=test_vit", "--model.image_size=32", "--train.max_steps=4", "--optim.momentum=0"]
+    one = weights(train(tmp_path / "one", *flags))
+    more = weights(train(tmp_path / "more", *flags, f"--train.gradient_accumulation_steps={pieces}"))
+    for name, value in one.items():
+        torch.testing.assert_close(more[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_average_is_tested_and_published(tmp_path):
+    plain = weights(train(tmp_path / "plain", "--method=bc", "--model.num_experts=1"))
+    averaged = train(tmp_path / "averaged", "--method=bc", "--model.num_experts=1", "--optim.ema=0.9")
+    assert lines(averaged) == lines(tmp_path / "plain")  # the training itself is the same
+    assert not torch.equal(weights(averaged)["experts.0.head.weight"], plain["experts.0.head.weight"])
