@@ -1,69 +1,16 @@
 """What to train, by name in `METHODS`; one file per paper, and `base.py` with what methods are put together from.
 
-`README.md` has a row for each.
+Every file of this folder that has a dictionary `METHODS` counts; `README.md` has a row for each of its entries.
 """
 
-from ecl_hf.methods import (
-    balms,
-    bcl,
-    cam,
-    cbd,
-    ckt,
-    class_balanced,
-    cmo,
-    decoupling,
-    disalign,
-    dive,
-    dro_lt,
-    ecl,
-    focal,
-    gcl,
-    hybrid,
-    kcl,
-    lade,
-    ldam,
-    logit_adjustment,
-    m2m,
-    mislas,
-    paco,
-    prior_lt,
-    tde,
-    tde_idr,
-    tsc,
-    weight_balancing,
-)
+from importlib import import_module
+from pkgutil import iter_modules
+
 from ecl_hf.methods.base import Loss, Method, Stage, TaskOutputs, Term
 from ecl_hf.methods.settings import Settings
 
-PAPERS = (
-    ecl,
-    balms,
-    bcl,
-    cam,
-    cbd,
-    ckt,
-    class_balanced,
-    cmo,
-    decoupling,
-    disalign,
-    dive,
-    dro_lt,
-    focal,
-    gcl,
-    hybrid,
-    kcl,
-    lade,
-    ldam,
-    logit_adjustment,
-    m2m,
-    mislas,
-    paco,
-    prior_lt,
-    tde,
-    tde_idr,
-    tsc,
-    weight_balancing,
-)
-METHODS: dict[str, Method] = {name: method for paper in PAPERS for name, method in paper.METHODS.items()}
+METHODS: dict[str, Method] = {}
+for _file in iter_modules(__path__):
+    METHODS |= getattr(import_module(f"{__name__}.{_file.name}"), "METHODS", {})
 
 __all__ = ["METHODS", "Loss", "Method", "Settings", "Stage", "TaskOutputs", "Term"]
