@@ -28,7 +28,6 @@ FLAGS = [
     "--model.image_size=32",
     "--batch_size=16",
     "--epochs=2",
-    "--loss.queue_size=40",
 ]
 
 
@@ -100,6 +99,15 @@ def test_queues_are_not_sent_in_every_step(tmp_path):
     children = start_connected(2, tmp_path / "run", "--train.max_steps=3", faults={1: compare_queues})
     assert [child.wait() for child in children] == [0, 0], [child.said for child in children]
     assert children[1].said.count("the queue is as it was left") == 3
+
+
+def test_two_processes_weigh_classes_as_one(tmp_path):
+    """The mean of a class-weighted loss is divided by the weights of the whole step, wherever its pictures are."""
+    flags = ["--method=ldam_drw", "--loss.reweight_from=0", "--epochs=1"]
+    one = launch(1, tmp_path / "1", *flags, ACCELERATE_USE_CPU="true")
+    two = launch(2, tmp_path / "2", *flags, "--train.gradient_accumulation_steps=2", ACCELERATE_USE_CPU="true")
+    assert (one.returncode, two.returncode) == (0, 0), (one.stderr, two.stderr)
+    torch.testing.assert_close(checkpoint(tmp_path / "1"), checkpoint(tmp_path / "2"), atol=1e-5, rtol=1e-5)
 
 
 def test_two_processes_test_each_picture_once(tmp_path):
