@@ -192,8 +192,10 @@ class Training:
         self.steps_per_epoch = images // recipe.batch_size
         self.total_steps = recipe.epochs * self.steps_per_epoch
         self.last_step = min(self.total_steps, recipe.train.max_steps or self.total_steps)
-        self.lr_factor = learning_rate(recipe.optim, self.steps_per_epoch)
-        self.lr_factor(0, min(self.stage_epochs) * self.steps_per_epoch)
+        schedules = [stage.schedule for stage in self.method.stages]
+        self.lr_factors = [learning_rate(recipe.optim, self.steps_per_epoch, schedule) for schedule in schedules]
+        for factor, epochs in zip(self.lr_factors, self.stage_epochs, strict=True):
+            factor(0, epochs * self.steps_per_epoch)
         self.teacher = None
         if self.method.teacher:
             teacher = load_teacher(recipe.model.teacher, self.data.class_names, self.method.teacher)
@@ -365,8 +367,9 @@ class Training:
     def lr(self) -> float:
         """The learning rate of the next optimiser step."""
         updates = self.progress.updates_since(self.first_epoch * self.steps_per_epoch)
-        steps = self.stage_epochs[self.progress.stage] * self.steps_per_epoch
-        return self.recipe.optim.lr * self.plain.stage.lr * self.lr_factor(updates, steps)
+        stage = self.progress.stage
+        factor = self.lr_factors[stage](updates, self.stage_epochs[stage] * self.steps_per_epoch)
+        return self.recipe.optim.lr * self.plain.stage.lr * factor
 
     def next_stage(self) -> bool:
         """End the running stage and begin the next one, if there is one and the run has not come to its last step."""

@@ -86,22 +86,30 @@ def layer_scales(model: ECLForImageClassification, decay: float) -> dict[int, fl
     return scales
 
 
-def learning_rate(config: OptimConfig, steps_per_epoch: int) -> Callable[[int, int], float]:
+def learning_rate(
+    config: OptimConfig, steps_per_epoch: int, schedule: str | None = None
+) -> Callable[[int, int], float]:
     """The factor on the learning rate in an optimiser step of a stage, from the step (from 0) and the stage's steps.
+
+    Args:
+        config: the recipe's.
+        steps_per_epoch: optimiser steps.
+        schedule: a stage's own course, which has no warm-up; the recipe's when None.
 
     Raises:
         ValueError: at a call, if the stage is no longer than the warm-up.
     """
-    warmup = round(config.warmup_epochs * steps_per_epoch)
+    warmup = 0 if schedule else round(config.warmup_epochs * steps_per_epoch)
+    schedule = schedule or config.schedule
 
     def factor(step: int, total: int) -> float:
         if total <= warmup:
             raise ValueError(f"optim.warmup_epochs {config.warmup_epochs:g} is all of a stage of {total} steps")
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        if config.schedule == "cosine":
+        if schedule == "cosine":
             return cosine(step - warmup, total - warmup)
-        if config.schedule == "step":
+        if schedule == "step":
             return config.step_factor ** sum(step >= share * total for share in config.milestones)
         return 1.0
 

@@ -195,6 +195,7 @@ METHODS = {
                 trains=CLASSIFIERS,
                 heads="new",
                 share=2 / 15,
+                schedule="cosine",
             ),
         ),
         BALMSSettings,

@@ -290,6 +290,7 @@ class Stage:
             each. What it makes has `fold()`: the published head that computes the same, put in its place at the end.
         share: of the recipe's epochs.
         lr: factor on the recipe's learning rate.
+        schedule: another course of the learning rate than the recipe's, without its warm-up; None for the recipe's.
         lr_factor: a factor of its own for each parameter, by name and settings.
         weight_decay: another one than the recipe's, from the settings.
     """
@@ -304,6 +305,7 @@ class Stage:
     heads: Literal["keep", "new"] | Callable[[nn.Module, HeadContext], nn.Module] = "keep"
     share: float = 1.0
     lr: float = 1.0
+    schedule: Literal["cosine", "step", "constant"] | None = None
     lr_factor: Callable[[str, Any], float] | None = None
     weight_decay: Callable[[Any], float] | None = None
 

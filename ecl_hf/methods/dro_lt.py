@@ -131,13 +131,15 @@ def _long_tailed_again(out: TaskOutputs, _: DROLTSettings) -> PerImage:
 
 ROBUST = Term("robust", _robust, part=Prototypes, whole_batch=True)
 LONG_TAILED = Term("supervision", _long_tailed_again, two_labels=True)
+AFTERWARDS = {"sampler": class_aware(4), "schedule": "constant"}
+"""What the second and the third stage have in common."""
 
 METHODS = {
     "dro_lt": Method(
         (
             Stage((CROSS_ENTROPY,), "cross-entropy", share=200 / 300),
-            Stage((LONG_TAILED, ROBUST), "features", class_aware(4), trains=BACKBONES, share=80 / 300, lr=0.05),
-            Stage((CROSS_ENTROPY,), "classifier", class_aware(4), trains=HEADS, share=20 / 300, lr=0.1),
+            Stage((LONG_TAILED, ROBUST), "features", trains=BACKBONES, share=80 / 300, lr=0.05, **AFTERWARDS),
+            Stage((CROSS_ENTROPY,), "classifier", trains=HEADS, share=20 / 300, lr=0.1, **AFTERWARDS),
         ),
         DROLTSettings,
         experts=Experts(1, most=1),

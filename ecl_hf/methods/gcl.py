@@ -120,7 +120,14 @@ METHODS = {
         (
             Stage((CLOUDED,), "features", mixing=MIXUP, heads=unit_rows, share=200 / 230),
             Stage(
-                (CLOUDED_FOCAL,), "classifier", class_balanced(1), mixing=MIXUP, trains=HEADS, share=30 / 230, lr=0.02
+                (CLOUDED_FOCAL,),
+                "classifier",
+                class_balanced(1),
+                mixing=MIXUP,
+                trains=HEADS,
+                share=30 / 230,
+                lr=0.02,
+                schedule="cosine",
             ),
         ),
         GCLSettings,

@@ -287,6 +287,14 @@ def test_schedules(warmup):
         learning_rate(OptimConfig(warmup_epochs=2), 10)(0, 20)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "step", "constant"])
+def test_a_course_of_the_stages_own_has_no_warm_up(schedule):
+    of_recipe = learning_rate(OptimConfig(schedule=schedule, milestones=[0.5, 0.75]), 10)
+    other = "cosine" if schedule == "constant" else "constant"
+    own = learning_rate(OptimConfig(schedule=other, milestones=[0.5, 0.75], warmup_epochs=20), 10, schedule)
+    assert [own(n, 100) for n in range(100)] == [of_recipe(n, 100) for n in range(100)]
+
+
 def test_average_follows_the_weights():
     task = build(Stage((SUPERVISION,)), num_experts=1)
     task.keep_average(0.9)
