@@ -13,7 +13,9 @@ def recipe_folder() -> Path:
 
 
 def find_recipe(name: str | Path) -> Path:
-    """The file of a recipe: a path, or a name such as `cifar100_lt`, which a file of that name comes before.
+    """The file of a recipe: a path, or a name such as `cifar100_lt` or `published/focal`.
+
+    A file of that name comes before the package's own.
 
     Raises:
         FileNotFoundError: there is neither; the message lists the names.
@@ -21,7 +23,8 @@ def find_recipe(name: str | Path) -> Path:
     known = recipe_folder() / f"{name}.yaml"
     if Path(name).is_file() or known.is_file():
         return Path(name) if Path(name).is_file() else known
-    names = ", ".join(sorted(path.stem for path in recipe_folder().glob("*.yaml")))
+    files = (path.relative_to(recipe_folder()) for path in recipe_folder().rglob("*.yaml"))
+    names = ", ".join(sorted(file.with_suffix("").as_posix() for file in files))
     raise FileNotFoundError(f"recipe {name} is neither a file nor one of {names}")
 
 

@@ -15,7 +15,7 @@ from ecl_hf.methods.ecl import ECLSettings
 from ecl_hf.runs.folder import flatten
 from ecl_hf.runs.recipe import Recipe, prepare_flags
 
-FILES = sorted((Path(__file__).parents[2] / "training" / "recipes").glob("*.yaml"))
+FILES = sorted((Path(__file__).parents[2] / "training" / "recipes").rglob("*.yaml"))
 
 # CIFAR-100-LT (Sec. VI-C); where the paper is silent, the value that changes nothing.
 PAPER = {
