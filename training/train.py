@@ -17,6 +17,7 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
+from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -59,13 +60,13 @@ from ecl_hf.methods import METHODS
 from ecl_hf.methods.base import EpochContext, FinishContext, MixingContext, Part, Time
 from ecl_hf.publishing.hub import BackgroundUpload, check_upload, write_card
 from ecl_hf.repository import upload_directory
-from ecl_hf.runs.folder import Progress, RunFolder, describe_environment, describe_model, flatten
+from ecl_hf.runs.folder import Progress, RunFolder, describe_environment, describe_model, epoch_line, flatten
 from ecl_hf.runs.interruption import STOPPED, StopRequest, plain_errors
 from ecl_hf.runs.launch import check_launch
 from ecl_hf.runs.recipe import Recipe, prepare_flags
 from ecl_hf.runs.recipe_files import RecipeFile
 
-CARD = Path(__file__).resolve().parents[1] / "hub_cards" / "model_card.md"
+CARD = Path(str(files("ecl_hf.hub_cards") / "model_card.md"))
 
 
 def parse(argv: Sequence[str] | None) -> tuple[Recipe, Namespace]:
@@ -114,6 +115,12 @@ def or_exit(batches: Iterable, recipe: Recipe) -> Iterator:
         yield from batches
 
 
+def say(text: str) -> None:
+    """Print above a progress bar, and at once where the output goes to a file."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
 def in_steps(batches: Iterable[dict], size: int) -> Iterator[list[dict]]:
     """The micro-batches of one optimiser step at a time."""
     batches = iter(batches)
@@ -123,7 +130,11 @@ def in_steps(batches: Iterable[dict], size: int) -> Iterator[list[dict]]:
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Train a method's stages, evaluate the last epoch and write the run folder, whose path is returned."""
-    recipe, args = parse(argv)
+    return run_recipe(*parse(argv))
+
+
+def run_recipe(recipe: Recipe, args: Namespace) -> Path:
+    """Train a recipe in `args.output_dir`; SystemExit says in one sentence why that is not possible."""
     with plain_errors(), StopRequest() as stop, closing(RunFolder(args.output_dir)) as run:
         with refusing(recipe):
             training = Training(recipe, args, run)
@@ -161,7 +172,7 @@ class Training:
         transformers.utils.logging.set_verbosity_error()
         self.recipe, self.run = recipe, run
         self.accelerator = accelerator = self._accelerator(args)
-        self.say = tqdm.write if accelerator.is_main_process else (lambda _: None)
+        self.say = say if accelerator.is_main_process else (lambda _: None)
         if args.left_out:
             self.say(f"{recipe.method} has no setting {', '.join(args.left_out)}: left out of the recipe")
         self.processes = accelerator.num_processes
@@ -323,7 +334,7 @@ class Training:
         )
         self.upload = None
         if recipe.hub.every and accelerator.is_main_process:
-            self.upload = BackgroundUpload(recipe.hub.repo_id, tqdm.write)
+            self.upload = BackgroundUpload(recipe.hub.repo_id, say)
         accelerator.init_trackers("ecl_hf", {key: str(value) for key, value in flatten(asdict(recipe)).items()})
         [checkpoint] = broadcast_object_list([self.checkpoint])
         self.progress = Progress(commit=self.environment["commit"])
@@ -398,7 +409,7 @@ class Training:
             total=self.end_of_stage,
             initial=self.progress.step,
             unit="step",
-            disable=not self.accelerator.is_main_process,
+            disable=not (self.accelerator.is_main_process and sys.stderr.isatty()),
         ) as bar:
             while self.progress.step < self.end_of_stage and not stopping:
                 stopping = self._train_epoch(stop, bar)
@@ -534,6 +545,10 @@ class Training:
         self.accelerator.log(numbers, step=self.progress.step)
         if self.accelerator.is_main_process:
             self.run.log(line)
+        if bar.disable:
+            spent = self.progress.total_seconds + self.progress.seconds
+            left = spent / self.progress.step * (self.last_step - self.progress.step)
+            self.say(epoch_line(line, self.recipe.epochs, left))
 
     def _write_checkpoint(self) -> None:
         check_weights(self.plain)
@@ -562,7 +577,7 @@ class Training:
         with torch.compiler.set_stance("force_eager"):  # compiling for batches of another size would take longer
             predictions = predict(
                 self.model,
-                or_exit(tqdm(loader, "testing", disable=not main, leave=False), self.recipe),
+                or_exit(tqdm(loader, "testing", disable=None if main else True, leave=False), self.recipe),
                 self.accelerator.gather_for_metrics,
             )
         if not main:

@@ -6,6 +6,7 @@ checkpoints/     resumable state
 """
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -13,6 +14,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,24 @@ class Progress:
     def next_stage(self) -> "Progress":
         """The start of the stage after this one, at the start of an epoch."""
         return replace(self, stage=self.stage + 1, skipped_before=self.skipped)
+
+
+def epoch_line(line: dict[str, Any], epochs: int, seconds_left: float) -> str:
+    """An entry of `metrics.jsonl` as a line to read while the training goes on.
+
+    Args:
+        line: the entry; scores in 0..1 whose names begin with `val_` are shown in %.
+        epochs: of the whole run.
+        seconds_left: how long the rest will take, at the speed so far.
+    """
+    place = f"epoch {line['epoch']:{len(str(epochs))}}/{epochs}"
+    scores = [
+        f"{name} {100 * value:.1f} %" for name, value in line.items() if name.startswith("val_") and value is not None
+    ]
+    left = timedelta(seconds=round(seconds_left))
+    speed = f"{line['images_per_second']:.0f} images/s"
+    loss = f"loss {line.get('loss', math.nan):.3f}"
+    return "  ".join([place, line["stage"], loss, *scores, f"lr {line['lr']:.2g}", speed, f"{left} left"])
 
 
 class RunFolder:

@@ -15,7 +15,15 @@ from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.data.config import DataConfig
 from ecl_hf.learning.config import ModelConfig, OptimConfig, TrainConfig
 from ecl_hf.methods.ecl import ECLSettings
-from ecl_hf.runs.folder import Progress, RunFolder, describe_environment, describe_model, flatten, write_atomically
+from ecl_hf.runs.folder import (
+    Progress,
+    RunFolder,
+    describe_environment,
+    describe_model,
+    epoch_line,
+    flatten,
+    write_atomically,
+)
 from ecl_hf.runs.recipe import Recipe
 
 
@@ -368,3 +376,11 @@ def test_parameters_and_operations(depth, size, experts, num_classes):
         "macs": experts * macs,
         "macs_per_expert": macs,
     }
+
+
+def test_a_line_for_each_epoch():
+    line = {"epoch": 7, "stage": "training", "loss": 2.3456, "images_per_second": 411.6, "lr": 0.0486}
+    assert epoch_line(line, 200, 3661.4) == (
+        "epoch   7/200  training  loss 2.346  lr 0.049  412 images/s  1:01:01 left"
+    )
+    assert "val_balanced 45.2 %" in epoch_line(line | {"val_balanced": 0.452, "val_few": None}, 200, 0)

@@ -1,0 +1,52 @@
+"""Training from Python: the same run as that of the script, and errors that a notebook can show."""
+
+import json
+import signal
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from safetensors.torch import load_file
+from train import main
+
+from ecl_hf.runs.recipe import Recipe
+from ecl_hf.training import Run, train
+
+CHANGES = {"method": "bc", "epochs": 1, "model": {"image_size": 8}, "train": {"max_steps": 3}}
+FLAGS = ["--recipe=quickstart", "--method=bc", "--epochs=1", "--model.image_size=8", "--train.max_steps=3"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+def test_the_run_is_that_of_the_script(tmp_path, capsys):
+    script = Run(main([*FLAGS, f"--output_dir={tmp_path / 'script'}"]))
+    run = train(Recipe.named("quickstart", **CHANGES), tmp_path / "python")  # a second one in the same process
+    said = capsys.readouterr().out
+    assert said.count("epoch 1/1") == 2  # no terminal: a line for each epoch
+    assert run.results["test"] == script.results["test"] == json.loads((run.path / "results.json").read_text())["test"]
+    assert [epoch["loss"] for epoch in run.epochs] == [epoch["loss"] for epoch in script.epochs]
+    files = sorted((script.path / "model").glob("*.safetensors"))
+    assert files
+    for file in files:
+        ours, theirs = load_file(run.path / "model" / file.name), load_file(file)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert run.model().config.class_counts == run.results["class_counts"]
+    with pytest.raises(RuntimeError, match="holds a run already; continue it with --resume") as error:
+        train(Recipe.named("quickstart", **CHANGES), run.path)
+    assert isinstance(error.value.__cause__, FileExistsError)
+
+
+def test_an_interrupted_run_says_so_and_goes_on(tmp_path, monkeypatch):
+    recipe = Recipe.named("quickstart", **CHANGES)
+    follow = "ecl_hf.learning.task.CollaborativeTask.follow"
+    monkeypatch.setattr(follow, lambda _: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt, match="resume=True"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "results.json").exists()
+    monkeypatch.undo()
+    assert train(recipe, tmp_path / "run", resume=True).results["steps"] == 3
