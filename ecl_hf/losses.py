@@ -43,6 +43,13 @@ def log_class_prior(class_counts: Tensor) -> Tensor:
     return counts.clamp_min(1).log().log_softmax(0)
 
 
+def spread(least: float, most: float, num_experts: int) -> list[float]:
+    """A number for each expert, at equal distances between two limits; the middle for a single expert; [K]."""
+    if num_experts == 1:
+        return [(least + most) / 2]
+    return [least + (most - least) * k / (num_experts - 1) for k in range(num_experts)]
+
+
 def prior_shifts(class_counts: Tensor, strengths: Sequence[float] | Tensor) -> Tensor:
     """Shifts of the experts' logits by `strength_k * log(n_c / N)`; [C], [K] -> [K, C].
 

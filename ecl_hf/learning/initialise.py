@@ -38,7 +38,8 @@ def initialise_model(
     head = method.head or HeadKind(config.classifier, config.classifier_scale)
     prior = method.logit_prior
     if callable(prior):
-        prior = prior(torch.tensor(class_counts, dtype=torch.float64).clamp_min(1), settings, num_experts).tolist()
+        prior = prior(torch.tensor(class_counts, dtype=torch.float64).clamp_min(1), settings, num_experts)
+        prior = prior.tolist() if prior.max() - prior.min() > 1e-9 else "uniform"
     with torch.device("meta"):  # no weights, and no random numbers
         width = create_encoder(config.architecture, **model_args).head_hidden_size if head.neck else 0
     model = ECLForImageClassification(

@@ -11,10 +11,23 @@ region of their own, and fewer different counts than regions are refused.
 Published: the repository shows no numbers, and the paper's could not be read.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ecl_hf.losses import full_precision, log_class_prior
+from ecl_hf.losses import carried_log_prior, cross_entropies, full_precision, log_class_prior
+from ecl_hf.methods.base import Experts, HeadKind, Method, Part, PartsContext, PerImage, Stage, TaskOutputs, Term
+from ecl_hf.methods.ldam import unit_rows
+from ecl_hf.methods.settings import Settings
+
+
+@dataclass(kw_only=True)
+class LGLASettings(Settings):
+    """Of the last expert."""
+
+    tau: float = 2.5
+    """Strength of the class prior for the last expert; published 3 for CIFAR-10 and iNaturalist, 2.8 for ImageNet."""
 
 
 def count_regions(class_counts: Tensor, num_regions: int) -> Tensor:
@@ -81,3 +94,38 @@ def angle_weights(label_logits: Tensor, groups: Tensor, scale: float) -> Tensor:
     angles = (label_logits / scale).clamp(-1, 1).arccos()
     same = (groups[:, None] == groups).to(angles.dtype)
     return 1 + (angles - angles @ same / same.sum(0)).clamp_min(0)
+
+
+class Regions(Part):
+    """What follows from the class counts: the experts' shifts [K, C], and the region of each class [C]."""
+
+    def __init__(self, context: PartsContext) -> None:
+        super().__init__()
+        regions = count_regions(context.class_counts, len(context.model.experts) - 1)
+        self.register_buffer("shifts", lgla_shifts(context.class_counts.float(), regions, context.settings.tau))
+        self.register_buffer("region", regions.int().argmax(0))
+
+
+def _supervision(out: TaskOutputs, settings: LGLASettings) -> PerImage:  # noqa: ARG001
+    regions: Regions = out.parts["supervision"]
+    own = out.cls_logits.gather(-1, out.labels.expand(out.cls_logits.shape[:-1])[..., None])[..., 0]
+    weights = angle_weights(own, regions.region[out.labels], out.heads[0].scale)
+    return PerImage((weights * cross_entropies(out.cls_logits, out.labels, regions.shifts[:, None])).sum(0))
+
+
+def _carried(class_counts: Tensor, settings: LGLASettings, num_experts: int) -> Tensor:
+    shifts = lgla_shifts(class_counts, count_regions(class_counts, num_experts - 1), settings.tau)
+    return carried_log_prior(class_counts, shifts)
+
+
+SUPERVISION = Term("supervision", _supervision, part=Regions, whole_batch=True)
+
+METHODS = {
+    "lgla": Method(
+        (Stage((SUPERVISION,), heads=unit_rows),),
+        LGLASettings,
+        head=HeadKind("cosine", scale=30.0, bias=False),
+        experts=Experts(3, least=2),
+        logit_prior=_carried,
+    )
+}

@@ -19,11 +19,24 @@ imbalance 10/50/100: 63.6 / 53.9 / 49.8; ImageNet-LT, ResNeXt-50, 180 epochs: 58
 epochs: 72.9; Places-LT: 40.9.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ecl_hf.losses import full_precision, log_class_prior
+from ecl_hf.losses import carried_log_prior, full_precision, log_class_prior, shifted_cross_entropy
+from ecl_hf.methods.base import Experts, HeadKind, Method, PerImage, Stage, TaskOutputs, Term
+from ecl_hf.methods.ldam import unit_rows
+from ecl_hf.methods.settings import Settings
+
+
+@dataclass(kw_only=True)
+class SADESettings(Settings):
+    """Of the three experts."""
+
+    tau: float = 2.0
+    """Strength of the reversed prior for the third expert; published 1 for iNaturalist and Places-LT."""
 
 
 def reversed_prior(log_prior: Tensor) -> Tensor:
@@ -51,3 +64,25 @@ def prediction_stability(expert_logits: Tensor, raw_weights: Tensor) -> Tensor:
     expert_logits, raw_weights = full_precision(expert_logits, raw_weights)
     first, second = torch.einsum("k,vbkc->vbc", raw_weights.softmax(0), expert_logits).softmax(-1)
     return F.cosine_similarity(first, second, dim=-1, eps=1e-6).mean()
+
+
+def _supervision(out: TaskOutputs, settings: SADESettings) -> PerImage:
+    shifts = sade_shifts(out.class_counts, settings.tau)
+    return PerImage(shifted_cross_entropy(out.cls_logits, out.labels, shifts).sum(0))
+
+
+def _carried(class_counts: Tensor, settings: SADESettings, _: int) -> Tensor:
+    return carried_log_prior(class_counts, sade_shifts(class_counts, settings.tau))
+
+
+SUPERVISION = Term("supervision", _supervision, two_labels=True)
+
+METHODS = {
+    "sade": Method(
+        (Stage((SUPERVISION,), heads=unit_rows),),
+        SADESettings,
+        head=HeadKind("cosine", scale=30.0, bias=False),
+        experts=Experts(3, least=3, most=3),
+        logit_prior=_carried,
+    )
+}

@@ -5,8 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from ecl_hf.losses import carried_log_prior, prior_shifts, shifted_cross_entropy
-from ecl_hf.methods import balpoe
+from ecl_hf.losses import carried_log_prior, prior_shifts, shifted_cross_entropy, spread
 from tests.methods.comparing import agrees, tensors
 
 LIMITS = {"tau012": (0, 2), "imagenet": (0, 2.5), "inat": (-1, 3)}
@@ -18,7 +17,7 @@ def values(published):
 
 
 def shifts_of(values, case):
-    return prior_shifts(values["class_counts"].double(), balpoe.spread(*LIMITS[case], len(values["logits"])))
+    return prior_shifts(values["class_counts"].double(), spread(*LIMITS[case], len(values["logits"])))
 
 
 @pytest.mark.parametrize("case", LIMITS)
@@ -45,9 +44,9 @@ def test_published_values_with_mixup(values):
 
 
 def test_strengths_lie_at_equal_distances():
-    assert balpoe.spread(-1, 3, 5) == [-1, 0, 1, 2, 3]
-    assert balpoe.spread(0, 2.5, 3) == [0, 1.25, 2.5]
-    assert balpoe.spread(0, 2, 1) == [1]
+    assert spread(-1, 3, 5) == [-1, 0, 1, 2, 3]
+    assert spread(0, 2.5, 3) == [0, 1.25, 2.5]
+    assert spread(0, 2, 1) == [1]
 
 
 @pytest.mark.parametrize("num_experts", [1, 2, 3, 4])
@@ -55,9 +54,9 @@ def test_mean_logits_are_unbiased_where_the_mean_strength_is_1(num_experts):
     counts = torch.tensor([60.0, 7, 1, 25]).double()
     uniform = torch.full((4,), 0.25, dtype=torch.double)
     for limits in ((0, 2), (-1, 3)):
-        shifts = prior_shifts(counts, balpoe.spread(*limits, num_experts))
+        shifts = prior_shifts(counts, spread(*limits, num_experts))
         assert_close(carried_log_prior(counts, shifts).exp(), uniform)
-    biased = carried_log_prior(counts, prior_shifts(counts, balpoe.spread(0, 2.5, num_experts)))
+    biased = carried_log_prior(counts, prior_shifts(counts, spread(0, 2.5, num_experts)))
     assert_close(biased, (-0.25 * counts.log()).log_softmax(0))
 
 

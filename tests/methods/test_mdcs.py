@@ -27,7 +27,7 @@ def views(values, logits):
 def total(values, logits, epoch):
     shifts = prior_shifts(values["class_counts"].double(), LAMBDAS)
     supervision = shifted_cross_entropy(logits, values["labels"], shifts).mean(-1).sum()
-    return supervision + WEIGHT * mdcs.ramp(epoch - 1) * mdcs.consistency(*views(values, logits)).sum()
+    return supervision + WEIGHT * mdcs.ramp(epoch - 1, 20) * mdcs.consistency(*views(values, logits)).sum()
 
 
 @pytest.mark.parametrize("case", ["epoch1", "epoch10", "epoch20", "epoch50", "wrong"])
@@ -78,4 +78,4 @@ def test_an_expert_that_is_nowhere_right_learns_nothing(values):
 
 
 def test_ramp_of_the_consistency():
-    assert [mdcs.ramp(epoch) for epoch in (0, 9, 19, 20, 399)] == [0.05, 0.5, 1.0, 1.0, 1.0]
+    assert [mdcs.ramp(epoch, 20) for epoch in (0, 9, 19, 20, 399)] == [0.05, 0.5, 1.0, 1.0, 1.0]
