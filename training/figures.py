@@ -109,7 +109,7 @@ TEXTS = {
 }
 """Of each figure its title, its caption, and why it may be absent."""
 
-SCORES = ("top1", "top5", "many", "medium", "few", "ece")
+SCORES = ("top1", "balanced", "macro_f1", "top5", "many", "medium", "few", "ece")
 
 
 @dataclass(frozen=True)
@@ -221,9 +221,11 @@ def percent(score: float | None) -> str:
 
 
 def score_rows(runs: dict[str, Evidence]) -> list[list[str]]:
-    """Header and rows of the table of scores; top-5 only where it says something."""
-    shown = [key for key in SCORES if key != "top5" or any(
-        e.evaluation["test"]["plain"]["ensemble"]["top5"] is not None for e in runs.values())]  # fmt: skip
+    """Header and rows of the table of scores; those that nobody measured are left out."""
+    scores = [evidence.evaluation["test"]["plain"]["ensemble"] for evidence in runs.values()]
+    shown = [
+        key for key in SCORES if key in ("many", "medium", "few") or any(score.get(key) is not None for score in scores)
+    ]
     rows = [["run", "model", "flip", *shown]]
     for name, evidence in runs.items():
         for way in ("plain", "flip"):
@@ -233,7 +235,9 @@ def score_rows(runs: dict[str, Evidence]) -> list[list[str]]:
             if len(test["experts"]) == 1:
                 models = {"single network": test["ensemble"]}
             flip = "yes" if way == "flip" else "no"
-            rows += [[name, model, flip, *(percent(score[key]) for key in shown)] for model, score in models.items()]
+            rows += [
+                [name, model, flip, *(percent(score.get(key)) for key in shown)] for model, score in models.items()
+            ]
     return rows
 
 

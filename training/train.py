@@ -585,7 +585,8 @@ class Training:
         counts, names = self.data.class_counts, self.data.class_names
         defects = loader.dataset.defects(predictions.left_out[:10])
         finished = self.progress.step == self.total_steps
-        results = describe_run(self.recipe, self.progress, predictions, counts, names, defects, finished)
+        carried = torch.as_tensor(self.model.carried_prior())
+        results = describe_run(self.recipe, self.progress, predictions, counts, names, carried, defects, finished)
         commits = {"commit": self.progress.commit, "commit_of_test": self.environment["commit"]}
         results |= {
             **describe_model(self.model),

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ecl_hf.aggregation import combine
-from ecl_hf.evidence.metrics import expected_calibration_error, group_accuracy, topk_accuracy
+from ecl_hf.evidence.metrics import expected_calibration_error, group_accuracy, macro_f1, topk_accuracy
+from ecl_hf.heads import log_prior_shift
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,41 @@ def predict(
 
 
 def score(logits: Tensor, labels: Tensor, class_counts: list[int]) -> dict[str, float | None]:
-    """Top-1, shot groups (None if empty), ECE and top-5 (None up to 5 classes) of [N, C] logits; fractions in 0..1."""
-    accuracy = group_accuracy(logits.argmax(-1), labels, class_counts)
-    ece = expected_calibration_error(logits.double().softmax(-1), labels)
-    return {"top1": accuracy.pop("overall"), **accuracy, "ece": ece, "top5": topk_accuracy(logits, labels)}
+    """Scores of [N, C] logits as fractions in 0..1; None where there is nothing to measure.
+
+    Returns:
+        `top1` and `top5` over images (top-5 only above 5 classes), `balanced`, `many`, `medium`, `few` and `macro_f1`
+        over classes with images, and `ece`.
+    """
+    predictions = logits.argmax(-1)
+    accuracy = group_accuracy(predictions, labels, class_counts)
+    return {
+        "top1": accuracy.pop("overall"),
+        **accuracy,
+        "macro_f1": macro_f1(predictions, labels, logits.shape[-1]),
+        "ece": expected_calibration_error(logits.double().softmax(-1), labels),
+        "top5": topk_accuracy(logits, labels),
+    }
+
+
+def score_for_training_prior(
+    predictions: Predictions, class_counts: list[int], carried: Tensor
+) -> dict[str, dict[str, float | None]]:
+    """Scores of the ensemble when its logits are moved to the class prior of the training set.
+
+    That is what fits a test set as skewed as the training set; the logits as they are fit the prior that they carry.
+
+    Args:
+        predictions: of the test set.
+        class_counts: training images of each class, [C].
+        carried: class weights of the prior that the raw logits carry, [C].
+
+    Returns:
+        `{"plain" | "flip": score}`.
+    """
+    shift = log_prior_shift(carried, torch.tensor(class_counts).clamp_min(1))
+    ways = {"plain": predictions.expert_logits, "flip": predictions.both_logits}
+    return {name: score(logits.mean(1) - shift, predictions.labels, class_counts) for name, logits in ways.items()}
 
 
 def summarise(predictions: Predictions, class_counts: list[int]) -> dict[str, Any]:
@@ -156,9 +188,9 @@ def format_table(summary: dict[str, Any]) -> str:
     """A short text table of one entry of `summarise`, in percent."""
     rows = [("ensemble", summary["ensemble"])] if len(summary["experts"]) > 1 else []
     rows += [(f"expert {k}", expert) for k, expert in enumerate(summary["experts"])]
-    columns = ("top1", "many", "medium", "few", "ece")
-    lines = [f"{'':10}" + "".join(f"{name:>8}" for name in columns)]
+    columns = ("top1", "balanced", "macro_f1", "many", "medium", "few", "ece")
+    lines = [f"{'':10}" + "".join(f"{name:>9}" for name in columns)]
     for name, row in rows:
-        cells = ("none" if row[key] is None else f"{100 * row[key]:.1f}" for key in columns)
-        lines.append(f"{name:10}" + "".join(f"{cell:>8}" for cell in cells))
+        cells = ("none" if row.get(key) is None else f"{100 * row[key]:.1f}" for key in columns)
+        lines.append(f"{name:10}" + "".join(f"{cell:>9}" for cell in cells))
     return "\n".join(lines)

@@ -26,7 +26,7 @@ def shot_groups(class_counts: Sequence[int] | Tensor) -> dict[str, Tensor]:
 def group_accuracy(
     predictions: Tensor, labels: Tensor, class_counts: Sequence[int] | Tensor
 ) -> dict[str, float | None]:
-    """Top-1 accuracy over all images and over those of each shot group.
+    """Top-1 accuracy over all images, over all classes, and over those of each shot group.
 
     Args:
         predictions: predicted classes, [N].
@@ -34,17 +34,45 @@ def group_accuracy(
         class_counts: training images of each class, [C].
 
     Returns:
-        Fractions in 0..1 for "overall", "many", "medium", "few"; None where there is no image.
+        Fractions in 0..1, None where there is no image. "overall": share of the images that are right. "balanced": mean
+        of the classes' accuracies; "many", "medium", "few": the same over the classes of a shot group. Classes without
+        images are left out of the means.
 
     Raises:
         ValueError: predictions and labels differ in shape.
     """
     if predictions.shape != labels.shape:
         raise ValueError(f"predictions {list(predictions.shape)} and labels {list(labels.shape)} differ in shape")
-    correct = predictions == labels
-    masks = {"overall": torch.ones_like(labels, dtype=torch.bool)}
-    masks |= {name: group.to(labels.device)[labels] for name, group in shot_groups(class_counts).items()}
-    return {name: correct[mask].double().mean().item() if mask.any() else None for name, mask in masks.items()}
+    accuracy = class_accuracy(predictions, labels, len(class_counts))
+    tested = ~accuracy.isnan()
+    masks = {"balanced": torch.ones_like(tested)}
+    masks |= {name: group.to(tested.device) for name, group in shot_groups(class_counts).items()}
+    means = {
+        name: accuracy[mask & tested].mean().item() if (mask & tested).any() else None for name, mask in masks.items()
+    }
+    return {"overall": (predictions == labels).double().mean().item() if len(labels) else None, **means}
+
+
+def macro_f1(predictions: Tensor, labels: Tensor, num_classes: int) -> float | None:
+    """Mean over the classes with images of their F1, the harmonic mean of precision and recall.
+
+    A class that is never predicted has F1 0. Images that are wrongly given a class without images lower the recall of
+    their own classes.
+
+    Args:
+        predictions: [N].
+        labels: [N].
+        num_classes: C.
+
+    Returns:
+        A fraction in 0..1; None without images.
+    """
+    if not len(labels):
+        return None
+    images = torch.bincount(labels, minlength=num_classes)
+    hits = torch.bincount(labels[predictions == labels], minlength=num_classes).double()
+    f1 = 2 * hits / (images + torch.bincount(predictions, minlength=num_classes))
+    return f1[images > 0].mean().item()
 
 
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, num_bins: int = 15) -> float:

@@ -5,7 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ecl_hf.evidence.evaluation import Predictions, format_table, summarise
+from torch import Tensor
+
+from ecl_hf.evidence.evaluation import Predictions, format_table, score_for_training_prior, summarise
 from ecl_hf.evidence.metrics import shot_groups
 from ecl_hf.runs.folder import Progress, RunFolder
 from ecl_hf.runs.recipe import Recipe
@@ -17,6 +19,7 @@ def describe_run(
     predictions: Predictions,
     class_counts: list[int],
     class_names: list[str],
+    carried: Tensor,
     broken_test_pictures: list[str],
     finished: bool,
 ) -> dict[str, Any]:
@@ -28,6 +31,7 @@ def describe_run(
         predictions: of the test set.
         class_counts: training images of each class, [C].
         class_names: [C].
+        carried: class weights of the prior that the raw logits carry, [C].
         broken_test_pictures: the first ones that could not be decoded.
         finished: whether all epochs were trained.
     """
@@ -43,6 +47,8 @@ def describe_run(
         "epochs": progress.epoch,
         "steps": progress.step,
         "test": summarise(predictions, class_counts),
+        "test_with_training_prior": score_for_training_prior(predictions, class_counts, carried),
+        "classes_without_test_images": int((predictions.labels.bincount(minlength=len(class_counts)) == 0).sum()),
         "test_images": len(predictions.labels),
         "broken_pictures": {
             "train": len(progress.broken),
@@ -62,9 +68,14 @@ def report(run: RunFolder) -> str:
     """The short table of a finished run, and where things are."""
     results = json.loads(run.results_file.read_text())
     groups = ", ".join(f"{name} {count}" for name, count in results["shot_groups"].items())
-    lines = [f"top-1 of the shot groups and calibration error on the test split, in % (classes: {groups})"]
+    lines = [f"accuracy, macro F1 and calibration error on the test split, in % (classes: {groups})"]
+    if absent := results.get("classes_without_test_images"):
+        lines.append(f"{absent} classes have no test image and are in no mean over classes")
     lines.append(format_table(results["test"]["plain"]))
     if results["recipe"]["data"]["horizontal_flip"]:
         lines += ["with test-time horizontal flip", format_table(results["test"]["flip"])]
+    if adjusted := results.get("test_with_training_prior"):
+        top1, balanced = (f"{100 * adjusted['plain'][name]:.1f}" for name in ("top1", "balanced"))
+        lines.append(f"adjusted to the class frequencies of the training set: top1 {top1}, balanced {balanced}")
     lines += [f"{run.results_file}: all numbers", f"{run.model}: the model, for from_pretrained and pipeline"]
     return "\n".join(lines)

@@ -25,6 +25,8 @@ from ecl_hf.repository import explain_hub_errors, upload_directory
 
 METRICS = {
     "top1": ("accuracy", "Top-1 accuracy"),
+    "balanced": ("balanced_accuracy", "Balanced accuracy, the mean of the classes' accuracies"),
+    "macro_f1": ("f1", "Macro F1, the mean of the classes' F1"),
     "many": ("accuracy", "Accuracy, classes with more than 100 training images"),
     "medium": ("accuracy", "Accuracy, classes with 20 to 100 training images"),
     "few": ("accuracy", "Accuracy, classes with fewer than 20 training images"),
@@ -76,7 +78,7 @@ def _eval_results(results: dict[str, Any], dataset: str | None, expert: int | No
             metric_value=round(scores[key], 4),
         )
         for key, (kind, title) in METRICS.items()
-        if scores[key] is not None
+        if scores.get(key) is not None
     ]
 
 
@@ -89,7 +91,7 @@ def _rows(results: dict[str, Any]) -> list[dict[str, str]]:
         entries = [("ensemble", test["ensemble"])] if len(test["experts"]) > 1 else []
         entries += [(f"expert {k}", scores) for k, scores in enumerate(test["experts"])]
         for name, scores in entries:
-            cells = {key: percent(scores[key]) for key in METRICS}
+            cells = {key: percent(scores[key]) if key in scores else "-" for key in METRICS}
             rows.append({"model": name, "flip": "yes" if kind == "flip" else "no", **cells})
     return rows
 

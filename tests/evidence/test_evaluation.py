@@ -7,7 +7,15 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from ecl_hf.evidence.evaluation import Predictions, format_table, measure_speed, predict, score, summarise
+from ecl_hf.evidence.evaluation import (
+    Predictions,
+    format_table,
+    measure_speed,
+    predict,
+    score,
+    score_for_training_prior,
+    summarise,
+)
 
 EXPERTS, CLASSES, SIDE = 3, 4, 5
 COUNTS = [300, 100, 20, 3]
@@ -89,6 +97,8 @@ def test_score_by_hand():
     result = score(logits, torch.tensor([0, 1, 0, 2]), COUNTS)
     assert {name: value for name, value in result.items() if name != "ece"} == {
         "top1": 0.5,
+        "balanced": 0.5,
+        "macro_f1": 0.5,
         "many": 0.5,
         "medium": 0.5,
         "few": None,
@@ -145,20 +155,32 @@ def test_empty_group_stays_none_and_is_printed():
             assert row["many"] is not None
             assert row["medium"] is row["few"] is None
     lines = format_table(summary["plain"]).splitlines()
-    assert lines[0].split() == ["top1", "many", "medium", "few", "ece"]
+    assert lines[0].split() == ["top1", "balanced", "macro_f1", "many", "medium", "few", "ece"]
     assert [line.split()[:-1] for line in lines[1:]] == [
-        ["ensemble", "100.0", "100.0", "none", "none"],
-        ["expert", "0", "100.0", "100.0", "none", "none"],
-        ["expert", "1", "50.0", "50.0", "none", "none"],
+        ["ensemble", "100.0", "100.0", "100.0", "100.0", "none", "none"],
+        ["expert", "0", "100.0", "100.0", "100.0", "100.0", "none", "none"],
+        ["expert", "1", "50.0", "50.0", "33.3", "50.0", "none", "none"],
     ]
     assert len({len(line) for line in lines}) == 1  # aligned
+
+
+def test_logits_that_carry_a_uniform_prior_are_moved_to_that_of_the_training_set():
+    counts, labels = [60, 30, 10], torch.tensor([0, 1, 2, 0])
+    logits = torch.randn(4, 2, 3)
+    predictions = Predictions(labels, logits, logits.roll(1, 0))
+    moved = score_for_training_prior(predictions, counts, torch.ones(3))
+    for name, found in (("plain", logits), ("flip", (logits + logits.roll(1, 0)) / 2)):
+        probabilities = found.mean(1).softmax(-1) * torch.tensor([0.6, 0.3, 0.1])
+        assert moved[name] == pytest.approx(score(probabilities.log(), labels, counts), abs=1e-6)
+    same = score_for_training_prior(predictions, counts, torch.tensor(counts))
+    assert same["plain"] == pytest.approx(score(logits.mean(1), labels, counts), abs=1e-6)
 
 
 def test_table_of_a_single_expert_has_one_row():
     logits = [[[5.0, 0]]]
     summary = summarise(predictions_of(logits, logits, [1]), [500, 3])
     _, row = format_table(summary["plain"]).splitlines()
-    assert row.split()[:-1] == ["expert", "0", "0.0", "none", "none", "0.0"]
+    assert row.split()[:-1] == ["expert", "0", "0.0", "0.0", "0.0", "none", "none", "0.0"]
 
 
 class FeatureModel(PixelModel):

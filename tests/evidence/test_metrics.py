@@ -1,9 +1,11 @@
 """Reported numbers against loops over single images."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
+import sklearn.metrics
 import torch
 from torch.testing import assert_close
 
@@ -13,6 +15,7 @@ from ecl_hf.evidence.metrics import (
     expected_calibration_error,
     feature_distance,
     group_accuracy,
+    macro_f1,
     reliability_table,
     shot_groups,
     topk_accuracy,
@@ -24,13 +27,17 @@ def group_of(count):
 
 
 def accuracy_by_loop(predictions, labels, counts):
-    correct = {"overall": [], "many": [], "medium": [], "few": []}
+    """Of the images, and of the classes that have some."""
+    hits = {}
     for prediction, label in zip(predictions.tolist(), labels.tolist(), strict=True):
-        count = counts[label]
-        group = "many" if count > 100 else "few" if count < 20 else "medium"
-        for name in ("overall", group):
-            correct[name].append(prediction == label)
-    return {name: sum(hits) / len(hits) if hits else None for name, hits in correct.items()}
+        hits.setdefault(label, []).append(prediction == label)
+    classes = {"overall": [], "balanced": [], "many": [], "medium": [], "few": []}
+    for label, found in hits.items():
+        group = "many" if counts[label] > 100 else "few" if counts[label] < 20 else "medium"
+        classes["overall"] += found
+        for name in ("balanced", group):
+            classes[name].append(sum(found) / len(found))
+    return {name: sum(values) / len(values) if values else None for name, values in classes.items()}
 
 
 def ece_by_loop(probabilities, labels, num_bins):
@@ -95,12 +102,24 @@ def test_group_accuracy_against_a_loop(counts):
 def test_group_accuracy_without_test_images_is_none():
     """Group *few* has a class, but the test set holds no image of it; *medium* has no class at all."""
     result = group_accuracy(torch.tensor([0, 1]), torch.tensor([0, 0]), [500, 3])
-    assert result == {"overall": 0.5, "many": 0.5, "medium": None, "few": None}
+    assert result == {"overall": 0.5, "balanced": 0.5, "many": 0.5, "medium": None, "few": None}
 
 
 def test_group_accuracy_of_no_hit_is_zero():
     result = group_accuracy(torch.tensor([1, 0]), torch.tensor([0, 1]), [500, 3])
-    assert result == {"overall": 0.0, "many": 0.0, "medium": None, "few": 0.0}
+    assert result == {"overall": 0.0, "balanced": 0.0, "many": 0.0, "medium": None, "few": 0.0}
+
+
+def test_balanced_accuracy_and_macro_f1_are_those_of_scikit_learn():
+    labels = torch.randint(7, (300,)).clamp_max(5)  # the last class has no image, but is predicted
+    predictions = torch.where(torch.rand(300) < 0.6, labels, torch.randint(7, (300,)))
+    seen = [0, 1, 2, 3, 4, 5]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of the class that is only predicted
+        expected = sklearn.metrics.balanced_accuracy_score(labels, predictions)
+    assert group_accuracy(predictions, labels, [9] * 7)["balanced"] == pytest.approx(expected, rel=1e-12)
+    expected = sklearn.metrics.f1_score(labels, predictions, labels=seen, average="macro")
+    assert macro_f1(predictions, labels, 7) == pytest.approx(expected, rel=1e-12)
 
 
 def test_group_accuracy_refuses_unlike_shapes():

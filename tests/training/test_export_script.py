@@ -31,7 +31,7 @@ def image_batch(model, count=3):
 
 
 def scores(top1, few):
-    return {"top1": top1, "many": 0.81, "medium": 0.52, "few": few, "ece": 0.07}
+    return {"top1": top1, "balanced": 0.44, "macro_f1": 0.39, "many": 0.81, "medium": 0.52, "few": few, "ece": 0.07}
 
 
 def results(num_experts, **data):
@@ -100,12 +100,13 @@ def test_every_number_of_the_card_is_in_the_results(run, tmp_path):
     assert card.data.datasets == ["uoft-cs/cifar10"]
     assert {"ecl", "long-tailed"} <= set(card.data.tags)
     recorded = {result.metric_name: result.metric_value for result in card.data.eval_results}
-    assert {name.split(",")[0] for name in recorded} == {"Top-1 accuracy", "Accuracy", "Expected calibration error"}
-    assert sorted(recorded.values()) == [0.07, 0.4375, 0.52, 0.81]  # no entry for the empty group
+    kinds = {"Top-1 accuracy", "Balanced accuracy", "Macro F1", "Accuracy", "Expected calibration error"}
+    assert {name.split(",")[0] for name in recorded} == kinds
+    assert sorted(recorded.values()) == [0.07, 0.39, 0.4375, 0.44, 0.52, 0.81]  # no entry for the empty group
     assert all(result.dataset_type == "uoft-cs/cifar10" for result in card.data.eval_results)
-    assert "| ensemble | no | 43.8 | 81.0 | 52.0 | none | 7.0 |" in card.text
-    assert "| ensemble | yes | 45.2 | 81.0 | 52.0 | none | 7.0 |" in card.text
-    assert "| expert 1 | no | 41.0 | 81.0 | 52.0 | 12.5 | 7.0 |" in card.text
+    assert "| ensemble | no | 43.8 | 44.0 | 39.0 | 81.0 | 52.0 | none | 7.0 |" in card.text
+    assert "| ensemble | yes | 45.2 | 44.0 | 39.0 | 81.0 | 52.0 | none | 7.0 |" in card.text
+    assert "| expert 1 | no | 41.0 | 44.0 | 39.0 | 81.0 | 52.0 | 12.5 | 7.0 |" in card.text
     assert "| red fox | 300 |" in card.text
     assert "many): 1; 20 to 100 (medium): 1; fewer (few): 2" in card.text
     assert card.text.count("me/foxes") >= 4
