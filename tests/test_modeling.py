@@ -651,3 +651,19 @@ def test_auto_classes_and_pipeline(tmp_path, architecture):
     assert len(batch) == 5
     for answer, row in zip([single, *batch], [expected[0], *expected], strict=True):
         assert {entry["label"]: entry["score"] for entry in answer} == pytest.approx(row, abs=1e-5)
+
+
+def test_temperature_divides_all_logits_and_survives_saving(tmp_path):
+    config = ECLConfig(architecture="resnet20_cifar", num_experts=2, class_counts=[8, 4, 2])
+    model = ECLForImageClassification(config).eval()
+    pixels = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        raw = model(pixels)
+        config.temperature = 2.5
+        model.save_pretrained(tmp_path)
+        cooled = ECLForImageClassification.from_pretrained(tmp_path).eval()(pixels, target_prior=[8, 4, 2])
+    assert_close(cooled.expert_logits, raw.expert_logits / 2.5)
+    prior = torch.tensor([8.0, 4, 2])
+    assert_close(cooled.logits.softmax(-1), (raw.logits / 2.5 + prior.log()).softmax(-1))
+    with pytest.raises(ValueError, match="temperature"):
+        ECLConfig(temperature=0)

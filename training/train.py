@@ -8,6 +8,8 @@
 Mixed precision and devices are Accelerate's own flags (`accelerate launch --mixed_precision bf16 ...`).
 """
 
+import hashlib
+import json
 import math
 import os
 import sys
@@ -41,13 +43,17 @@ from timm.utils import distribute_bn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from ecl_hf.data.features import FeatureDataset, feature_loader, in_batches
 from ecl_hf.data.loaders import ViewDataset, draw_seed, evaluation_loader, train_loader
 from ecl_hf.data.longtailed import load_longtailed
 from ecl_hf.data.pictures import BrokenPictureError
+from ecl_hf.data.sources import labels_of
 from ecl_hf.data.streaming import StreamedViews, StreamSampler, stream_loader
 from ecl_hf.data.views import View, contrastive_view, evaluation_view, supervised_view
-from ecl_hf.evidence.evaluation import predict
+from ecl_hf.evidence.calibration import fit_temperature
+from ecl_hf.evidence.evaluation import Predictions, predict, score
 from ecl_hf.evidence.results import describe_run, report
+from ecl_hf.heads import log_prior_shift
 from ecl_hf.learning.batchnorm import load_statistics, save_statistics, synchronise_batchnorm
 from ecl_hf.learning.finite import StepCheck, check_weights
 from ecl_hf.learning.initialise import initialise_model
@@ -56,6 +62,14 @@ from ecl_hf.learning.optimiser import build_optimizer, learning_rate, set_learni
 from ecl_hf.learning.stages import begin_heads, check_stages, fold_heads
 from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.learning.teachers import load_teacher
+from ecl_hf.learning.tuning import (
+    FrozenEncoder,
+    check_kept_features,
+    encode,
+    read_features,
+    start_at_class_means,
+    write_features,
+)
 from ecl_hf.methods import METHODS
 from ecl_hf.methods.base import EpochContext, FinishContext, MixingContext, Part, Time
 from ecl_hf.publishing.hub import BackgroundUpload, check_upload, write_card
@@ -214,10 +228,15 @@ class Training:
         set_seed(recipe.seed)
         counts, names = self.data.class_counts, self.data.class_names
         self.model = initialise_model(recipe.model, self.method, counts, names, recipe.loss)
+        describe_model(self.model)
+        self.encoder = None
+        if recipe.model.tune == "head":
+            where = {"pretrained": recipe.model.pretrained, "streaming": recipe.data.streaming}
+            check_kept_features(self.method, recipe.method, **where)
+            self.encoder = FrozenEncoder(self.model)
         self.train_set = self._train_set()
         self._build(0)
         self._save_memory()
-        describe_model(self.model)
         self.environment = describe_environment(self.processes, accelerator.device)
         if recipe.hub.push and accelerator.is_main_process:
             check_upload(recipe.hub.repo_id, recipe.hub.private or None)
@@ -244,7 +263,7 @@ class Training:
         return accelerator
 
     def _save_memory(self) -> None:
-        if self.recipe.train.gradient_checkpointing:
+        if self.recipe.train.gradient_checkpointing and self.encoder is None:
             checkpoint_blocks(self.model)
         if self.recipe.train.experts_one_by_one:
             checkpoint_experts(self.model)
@@ -257,7 +276,8 @@ class Training:
         on_error = "replace" if recipe.data.on_error == "skip" else "raise"
         if recipe.data.streaming:
             return StreamedViews(views, recipe.seed, on_error)
-        return ViewDataset(self.data.train, views, recipe.seed, on_error=on_error, keep=recipe.epochs > 1)
+        keep = recipe.epochs > 1 and self.encoder is None
+        return ViewDataset(self.data.train, views, recipe.seed, on_error=on_error, keep=keep)
 
     def _view(self, name: str) -> View:
         config, data = self.model.config.pretrained_cfg, self.recipe.data
@@ -271,11 +291,14 @@ class Training:
         begin_heads(self.model, self.method.stages[stage], recipe.loss)
         labels = None if recipe.data.streaming else torch.from_numpy(self.train_set.labels)
         earlier = getattr(self, "plain", None)
-        self.plain = CollaborativeTask(self.model, self.method, recipe.loss, stage, labels, self.teacher)
+        tune = recipe.model.tune
+        self.plain = CollaborativeTask(self.model, self.method, recipe.loss, stage, labels, self.teacher, tune)
         if earlier:
             self.plain.adopt(earlier)
         if recipe.optim.ema:
             self.plain.keep_average(recipe.optim.ema)
+        if self.data.val is not None and self.plain.stage is self.method.stages[-1]:
+            self.plain.keep_best()
         self.plain = self.plain.to(memory_format=torch.channels_last)
         if recipe.train.sync_batchnorm and self.processes > 1:
             self.plain = synchronise_batchnorm(self.plain, self.accelerator.device)
@@ -309,6 +332,8 @@ class Training:
         sizes = (recipe.batch_size, self.pieces, recipe.data.num_workers)
         if not recipe.data.streaming:
             samplers = (stage.sampler, stage.partners, recipe.loss)
+            if self.encoder:
+                return self.accelerator.prepare(feature_loader(self.train_set, *sizes[:2], *samplers))
             return self.accelerator.prepare(train_loader(self.train_set, *sizes, *samplers))
         images = sum(self.data.class_counts)
         share = (recipe.batch_size, self.accelerator.process_index, self.processes, recipe.data.shuffle_buffer)
@@ -321,6 +346,50 @@ class Training:
         on_error = "mark" if self.recipe.data.on_error == "skip" else "raise"
         loader = evaluation_loader(pictures, view, 256, self.recipe.data.num_workers, on_error=on_error)
         return self.accelerator.prepare(loader)
+
+    def _keep_features(self) -> None:
+        """Let the frozen encoder look at all pictures once, or read what it saw, and train on that from here on."""
+        accelerator, parts = self.accelerator, {"train": self.data.train, "val": self.data.val}
+        labels = [labels_of(pictures).tolist() for pictures in parts.values() if pictures is not None]
+        about = json.dumps([self.recipe.data.horizontal_flip, self.model.config.pretrained_cfg, labels])
+        fingerprint = hashlib.sha256(about.encode() + self.encoder.digest()).hexdigest()
+        kept = read_features(self.run.features_file, fingerprint) if accelerator.is_main_process else None
+        [there] = broadcast_object_list([kept is not None])
+        if not there:
+            started, kept = time.perf_counter(), {}
+            for part, pictures in parts.items():
+                if pictures is not None:
+                    loader = self._evaluation_loader(pictures)
+                    batches = tqdm(loader, f"features, {part}", disable=not accelerator.is_main_process, leave=False)
+                    mirrored = self.recipe.data.horizontal_flip and part == "train"
+                    with refusing(self.recipe):
+                        found = encode(self.encoder, batches, mirrored, accelerator.gather_for_metrics)
+                    kept |= {f"{part}.{name}": tensor for name, tensor in found.items()}
+            if accelerator.is_main_process:
+                write_features(self.run.features_file, kept, fingerprint)
+            images = sum(len(pictures) for pictures in parts.values() if pictures is not None)
+            self.say(f"features of {images} pictures: {time.perf_counter() - started:.1f} s; kept in the run folder")
+        elif not accelerator.is_main_process:
+            kept = read_features(self.run.features_file, fingerprint)
+        pictures, views = self.train_set, self.train_set.views
+        with refusing(self.recipe):
+            self.train_set = FeatureDataset(
+                kept["train.features"], pictures.labels, kept["train.there"], self.recipe.seed
+            )
+        self.train_set.views = views
+        broken = torch.nonzero(~kept["train.there"])[:, 0].tolist()
+        self.progress.broken = pictures.defects(broken)
+        self.kept = kept
+
+    def _start_heads(self) -> None:
+        """Give the heads of a new stage the class means to start from, if the recipe asks for them."""
+        if self.recipe.model.head_init == "class_means" and not self.recipe.data.streaming:
+            labels, _, features = self._predict_training_set(self.model)
+            heads = [[expert.head for expert in self.model.experts], self.plain.references or []]
+            for head, vectors in ((head, features[:, k]) for part in heads for k, head in enumerate(part)):
+                start_at_class_means(head, vectors, labels)
+            if self.plain.average is not None:
+                self.plain.average.set(self.model)
 
     def restore(self) -> None:
         """Begin the first stage, or the one of the checkpoint if there is one, as it stood there."""
@@ -344,8 +413,12 @@ class Training:
                 for stage in range(1, self.progress.stage + 1):
                     fold_heads(self.model)
                     self._build(stage)
+            if self.encoder:
+                self._keep_features()
             self._prepare(self.progress.stage)
-            if checkpoint:
+            if not checkpoint:
+                self._start_heads()
+            else:
                 groups = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
                 accelerator.load_state(checkpoint)
                 load_statistics(self.plain, checkpoint, accelerator.process_index)
@@ -363,6 +436,11 @@ class Training:
         )
         if checkpoint:
             self.say(f"continuing after step {self.progress.step}")
+
+    @property
+    def complete(self) -> bool:
+        """Whether all epochs are trained, or as many as made the model better."""
+        return self.progress.step == self.total_steps or self.progress.ended
 
     @property
     def first_epoch(self) -> int:
@@ -388,8 +466,12 @@ class Training:
             distribute_bn(self.plain, self.processes, reduce=True)
         if self.recipe.optim.ema:
             self.model.load_state_dict(self.plain.average.module.state_dict())
+        if self.plain.best is not None and self.complete and self.progress.best_epoch is not None:
+            self.model.load_state_dict(self.plain.best.state_dict())
+            score = f"{100 * self.progress.best:.1f} %"
+            self.say(f"epoch {self.progress.best_epoch} is the best on the validation pictures: balanced {score}")
         fold_heads(self.model)
-        if self.progress.step == self.last_step:
+        if self.progress.step == self.last_step or self.progress.ended:
             return False
         self.progress = self.progress.next_stage()
         stage = self.progress.stage
@@ -397,6 +479,8 @@ class Training:
         set_seed(self._seed(stage))
         self._build(stage)
         self._prepare(stage)
+        if self.plain.stage.heads == "new":
+            self._start_heads()
         return True
 
     def fit(self, stop: StopRequest) -> None:
@@ -411,18 +495,19 @@ class Training:
             unit="step",
             disable=not (self.accelerator.is_main_process and sys.stderr.isatty()),
         ) as bar:
-            while self.progress.step < self.end_of_stage and not stopping:
+            while self.progress.step < self.end_of_stage and not stopping and not self.progress.ended:
                 stopping = self._train_epoch(stop, bar)
-                self._log(bar)
                 ended = self.progress.batch == len(self.loader)
+                self._log(bar, self._validate() if ended and self.data.val is not None else {})
                 if ended:
                     self._call_parts("after_epoch")
                     self.progress = self.progress.next_epoch()
-                epoch, last = self.progress.epoch, self.progress.step == self.end_of_stage
+                epoch, last = self.progress.epoch, self.progress.step == self.end_of_stage or self.progress.ended
                 if stopping or last or (ended and epoch % recipe.train.checkpoint_every == 0):
                     self._write_checkpoint()
                 if self.upload and ended and epoch % recipe.hub.every == 0 and self.progress.step < self.total_steps:
-                    self.upload.offer(self.plain.model, partial(self.add_card, results=None), f"Epoch {epoch}")
+                    with self.encoder.in_place() if self.encoder else nullcontext():
+                        self.upload.offer(self.plain.model, partial(self.add_card, results=None), f"Epoch {epoch}")
         stop.deferred = False
         if stopping:
             self.accelerator.wait_for_everyone()
@@ -522,23 +607,49 @@ class Training:
 
     def _predict_training_set(self, model: torch.nn.Module) -> tuple[torch.Tensor, ...]:
         """Labels [N], logits [N, K, C] and features [N, K, D] in the evaluation view, the same in every process."""
-        found = predict(
-            model,
-            or_exit(self._evaluation_loader(self.data.train), self.recipe),
-            self.accelerator.gather_for_metrics,
-            with_features=True,
-            with_flip=False,
-        )
+        found = self._predict("train", model)
         self.task.train()
         return found.labels, found.expert_logits, found.features
+
+    def _predict(self, part: str, model: torch.nn.Module) -> Predictions:
+        """What a model makes of the training or validation pictures in the evaluation view."""
+        if self.encoder:
+            labels = torch.from_numpy(labels_of(getattr(self.data, part)))
+            labels = torch.where(self.kept[f"{part}.there"], labels, -1)
+            batches = in_batches(self.kept[f"{part}.features"][0], labels)
+            batches = ({name: value.to(self.accelerator.device) for name, value in batch.items()} for batch in batches)
+            return predict(model, batches, with_features=True, with_flip=False)
+        loader = or_exit(self._evaluation_loader(getattr(self.data, part)), self.recipe)
+        return predict(model, loader, self.accelerator.gather_for_metrics, with_features=True, with_flip=False)
+
+    def _validate(self) -> dict[str, float]:
+        """Scores on the validation pictures; remembers the model of the best epoch of the last stage."""
+        progress, best = self.progress, self.plain.best
+        model = self.model if self.plain.average is None else self.plain.average.module
+        found = self._predict("val", model)
+        self.task.train()
+        scores = score(found.expert_logits.mean(1), found.labels, self.data.class_counts)
+        if best is not None:
+            if progress.best is None or scores["balanced"] > progress.best:
+                progress.best, progress.best_epoch = scores["balanced"], progress.epoch + 1
+                best.load_state_dict(model.state_dict())
+            patience = self.recipe.train.patience
+            progress.ended = patience is not None and progress.epoch + 1 - progress.best_epoch >= patience
+        return {f"val/{name}": scores[name] for name in ("top1", "balanced", "macro_f1", "ece")}
+
+    def _calibrate(self) -> None:
+        """Find the temperature on the validation pictures, which are as frequent as the training pictures."""
+        found, config = self._predict("val", self.model), self.model.config
+        shift = log_prior_shift([max(n, 1) for n in self.data.class_counts], self.model.carried_prior())
+        config.temperature *= fit_temperature(found.expert_logits.mean(1), found.labels, shift)
 
     def _picture_weights(self) -> np.ndarray | None:
         weights = [part.picture_weights for part in self.plain.parts.values() if part.picture_weights is not None]
         return weights[0].double().cpu().numpy() if weights else None
 
-    def _log(self, bar: tqdm) -> None:
+    def _log(self, bar: tqdm, validation: dict[str, float]) -> None:
         images = self.recipe.batch_size // self.accumulation
-        line = self.progress.line(self.plain.stage.name, self.lr, images_per_batch=images)
+        line = self.progress.line(self.plain.stage.name, self.lr, images_per_batch=images) | validation
         speed = f"{line['images_per_second']:.0f}"
         bar.set_postfix(epoch=line["epoch"], loss=f"{line.get('loss', math.nan):.3f}", images_per_second=speed)
         numbers = {name: value for name, value in line.items() if name not in ("epoch", "stage")}
@@ -563,15 +674,20 @@ class Training:
         """Take the method's steps after its last stage, which rewrite the heads."""
         if self.upload:
             self.upload.wait()
-        if self.progress.step == self.total_steps:
+        if self.complete:
             for rewrite in self.method.finish:
                 rewrite(FinishContext(**self._context()))
             fold_heads(self.model)
+        if self.data.val is not None:
+            self._calibrate()
+        if self.encoder:
+            self.encoder.put_back()
 
     def test(self) -> None:
         """Test the model, write it with its results, and upload it if the recipe says so.
 
-        The reported numbers are the last epoch's: there is no validation split to choose another by.
+        The reported numbers are the last epoch's, or where there are validation pictures, those of the epoch that they
+        choose.
         """
         main, loader = self.accelerator.is_main_process, self._evaluation_loader(self.data.test)
         with torch.compiler.set_stance("force_eager"):  # compiling for batches of another size would take longer
@@ -584,7 +700,7 @@ class Training:
             return
         counts, names = self.data.class_counts, self.data.class_names
         defects = loader.dataset.defects(predictions.left_out[:10])
-        finished = self.progress.step == self.total_steps
+        finished = self.complete
         carried = torch.as_tensor(self.model.carried_prior())
         results = describe_run(self.recipe, self.progress, predictions, counts, names, carried, defects, finished)
         commits = {"commit": self.progress.commit, "commit_of_test": self.environment["commit"]}

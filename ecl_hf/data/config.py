@@ -32,6 +32,9 @@ class DataConfig:
     """Name of the split to test on."""
     test_fraction: float | None = None
     """Part of each class of `train_split` to hold out and test on, instead of `test_split`."""
+    val_fraction: float | None = None
+    """Part of each class of the training split to hold out for validation: it chooses the epoch and the temperature.
+    Every class of three pictures gets one; none is held out when not given."""
     profile: Literal["exponential", "pareto", "as_is"] = "exponential"
     """How class counts fall: `exponential` (CIFAR-LT), `pareto` (ImageNet-LT), or `as_is` (long-tailed already)."""
     imbalance_factor: float = 100.0
@@ -68,7 +71,7 @@ class DataConfig:
         )
         if self.streaming:
             require(
-                self.profile == "as_is" and self.split is None and self.test_fraction is None,
+                self.profile == "as_is" and self.split is None and self.test_fraction is self.val_fraction is None,
                 "data.streaming takes a split as it is: make one with `training/data.py build --pictures`, name its "
                 "directory in data.path, or publish it, and set data.profile as_is",
             )
@@ -81,7 +84,6 @@ class DataConfig:
         for name in ("split_seed", "num_workers"):
             value = getattr(self, name)
             require(value == "first" or value >= 0, f"data.{name} must not be negative, got {value}")
-        require(
-            self.test_fraction is None or 0 < self.test_fraction < 1,
-            f"data.test_fraction must lie between 0 and 1, got {self.test_fraction}",
-        )
+        for name in ("test_fraction", "val_fraction"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < 1, f"data.{name} must lie between 0 and 1, got {value}")

@@ -82,6 +82,22 @@ def held_out_counts(available: Sequence[int] | np.ndarray, fraction: float) -> n
     return np.where(available >= 2, np.clip(held_out, 1, np.maximum(1, available - 1)), 0)
 
 
+def validation_counts(available: Sequence[int] | np.ndarray, fraction: float) -> np.ndarray:
+    """How many training images of each class to hold out for validation.
+
+    Args:
+        available: images of each class, [C].
+        fraction: part of each class, in (0, 1); rounded, half to even.
+
+    Returns:
+        [C]; at least 1 and at most all but two where a class has three images, 0 where it has fewer.
+    """
+    available = np.asarray(available)
+    return np.where(available >= 3, np.clip(np.rint(available * fraction), 1, np.maximum(1, available - 2)), 0).astype(
+        np.int64
+    )
+
+
 def longtail_indices(
     labels: Sequence[int] | np.ndarray, counts: Sequence[int] | np.ndarray, seed: int | Literal["first"] = 0
 ) -> np.ndarray:

@@ -7,7 +7,13 @@ import datasets
 import numpy as np
 
 from ecl_hf.data.config import DataConfig
-from ecl_hf.data.longtail import exponential_counts, held_out_counts, longtail_indices, pareto_counts
+from ecl_hf.data.longtail import (
+    exponential_counts,
+    held_out_counts,
+    longtail_indices,
+    pareto_counts,
+    validation_counts,
+)
 from ecl_hf.data.official import BENCHMARKS, check_cifar, load_official
 from ecl_hf.data.sources import Source, labels_of, read_source
 from ecl_hf.data.splits import Split, pictures_of
@@ -24,6 +30,7 @@ class LongTailedData:
     Attributes:
         train: the pictures that the protocol keeps, in source order; a stream if they are not to be stored.
         test: all pictures of the test split, or those that were held out.
+        val: pictures held out of the training split for validation; None without `val_fraction`.
         class_counts: training images of each class, [C].
         class_names: in label order, [C].
     """
@@ -32,6 +39,7 @@ class LongTailedData:
     test: datasets.Dataset
     class_counts: list[int]
     class_names: list[str]
+    val: datasets.Dataset | None = None
 
 
 def load_longtailed(config: DataConfig) -> LongTailedData:
@@ -55,8 +63,16 @@ def load_longtailed(config: DataConfig) -> LongTailedData:
         split.check(config, source)
         rows = split.rows()
     train, test = (_take(pictures_of(source, part), rows[part]) for part in ("train", "test"))
-    counts = np.bincount(labels_of(train), minlength=len(source.class_names)).tolist()
-    return LongTailedData(train, test, counts, source.class_names)
+    classes, val = len(source.class_names), None
+    if config.val_fraction is not None:
+        labels = labels_of(train)
+        counts = validation_counts(np.bincount(labels, minlength=classes), config.val_fraction)
+        held_out = np.sort(longtail_indices(labels, counts, config.split_seed))
+        if not len(held_out):
+            raise ValueError("data.val_fraction: no class has the three pictures that it needs for one to validate")
+        train, val = train.select(np.setdiff1d(np.arange(len(labels)), held_out)), train.select(held_out)
+    counts = np.bincount(labels_of(train), minlength=classes).tolist()
+    return LongTailedData(train, test, counts, source.class_names, val)
 
 
 def load_source(config: DataConfig) -> Source:

@@ -14,6 +14,12 @@ class ModelConfig:
     """timm name of every expert's encoder."""
     pretrained: bool | str = False
     """Weights that every encoder starts from: true (timm's own), a local file, or a Hub repository in timm's format."""
+    tune: Literal["all", "norm_bias", "head"] = "all"
+    """What moves of the encoders: `all`; `norm_bias`, normalisation layers and biases; or `head`, nothing: features of
+    all pictures are computed once then, kept in the run folder, and an epoch takes seconds."""
+    head_init: Literal["random", "class_means"] = "random"
+    """Cosine classifiers start at random, or at the directions of the classes' mean features, which suits a pretrained
+    encoder; experts with the same encoder then start alike."""
     num_experts: int | None = None
     """Number of experts K; the method's own when not given: 3 for most that train several."""
     teacher: str | None = None
@@ -112,6 +118,8 @@ class TrainConfig:
     """BatchNorm over the images of all processes instead of each one's own."""
     timeout: float = 30.0
     """Minutes that a process waits for another one before it gives up."""
+    patience: int | None = None
+    """End after this many epochs of the last stage without a better balanced accuracy on the validation pictures."""
     max_steps: int | None = None
     """Stop after this many optimiser steps with a checkpoint; the schedule stays that of all epochs."""
 
@@ -119,6 +127,7 @@ class TrainConfig:
         check_values(self, "train.")
         for name in ("gradient_accumulation_steps", "checkpoint_every", "keep_last"):
             require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
+        require(self.patience is None or self.patience >= 1, f"train.patience must be at least 1, got {self.patience}")
         require(self.timeout > 0, f"train.timeout must be positive, got {self.timeout}")
         require(
             self.max_steps is None or self.max_steps >= 1, f"train.max_steps must be at least 1, got {self.max_steps}"

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ecl_hf.heads import create_head, log_prior_shift
 from ecl_hf.learning.momentum import KeyQueue, MomentumEncoder, create_projector, follow, frozen_copy
+from ecl_hf.learning.tuning import parameters_to_tune
 from ecl_hf.losses import full_precision
 from ecl_hf.methods.base import Method, Part, PartsContext, PerImage, Stage, TaskOutputs, Time, ViewOutputs
 from ecl_hf.modeling_ecl import ECLForImageClassification
@@ -32,6 +33,7 @@ class CollaborativeTask(nn.Module):
         stage: position of the stage; only the branches and parts that its terms need are built.
         labels: of the training pictures, [N]; for parts that keep something for each picture.
         teacher: finished model of the method's teacher; it is used, never trained, and no part of the saved state.
+        tune: what of the encoders moves, see `parameters_to_tune`; a stage may leave more in its place.
 
     Raises:
         ValueError: the model does not know its class counts, has more or fewer experts than the method is made for, or
@@ -46,6 +48,7 @@ class CollaborativeTask(nn.Module):
         stage: int = 0,
         labels: Tensor | None = None,
         teacher: ECLForImageClassification | None = None,
+        tune: str = "all",
     ) -> None:
         super().__init__()
         if model.config.class_counts is None:
@@ -77,17 +80,24 @@ class CollaborativeTask(nn.Module):
         context = PartsContext(model, settings, torch.tensor(model.config.class_counts), labels)
         self.parts = nn.ModuleDict({term.name: term.part(context) for term in self.stage.terms if term.part})
         self.average: ModelEmaV3 | None = None
+        self.best: ECLForImageClassification | None = None
+        self.tune = tune
         self._freeze()
 
     def keep_average(self, decay: float) -> None:
         """Keep an average of the model's weights, `average.module`, which follows after each optimiser step."""
         self.average = ModelEmaV3(self.model, decay=decay).requires_grad_(False)
 
+    def keep_best(self) -> None:
+        """Make room for the model of the best epoch, `best`, which the loop fills by `load_state_dict`."""
+        self.best = frozen_copy(self.model)
+
     def _freeze(self) -> None:
         """Let those parameters move that the stage trains; what stays for good is in evaluation mode."""
+        tuned = parameters_to_tune(self, self.tune)
         for name, parameter in self.named_parameters():
-            if not name.startswith(("momentum.", "momentum_trunk.", "average.")):
-                parameter.requires_grad_(self.stage.trains.parameters(name))
+            if not name.startswith(("momentum.", "momentum_trunk.", "average.", "best.")):
+                parameter.requires_grad_(self.stage.trains.parameters(name) and tuned(name))
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError(f"stage {self.stage.name!r} trains no parameter of this model")
 

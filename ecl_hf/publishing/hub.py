@@ -198,6 +198,7 @@ def save_timm(model: ECLForImageClassification, expert: int, directory: Path) ->
     if not isinstance(classifier, str) or type(plain.get_submodule(classifier)) is not nn.Linear:
         raise ValueError(f"{config.architecture} does not end in one linear classifier: no place for the expert's head")
     head = {"bias": torch.zeros(config.num_labels)} | chosen.head.state_dict()  # timm's always has a bias
+    head = {name: tensor / config.temperature for name, tensor in head.items()}
     state = chosen.backbone.state_dict() | {f"{classifier}.{name}": tensor for name, tensor in head.items()}
     if model.trunk is not None:
         state |= model.trunk.backbone.state_dict()

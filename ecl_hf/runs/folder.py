@@ -2,7 +2,7 @@
 
 recipe.yaml      the resolved recipe         metrics.jsonl   a line per epoch
 model/           the published model         results.json    test metrics of the last epoch
-checkpoints/     resumable state
+checkpoints/     resumable state             features.safetensors   of a frozen encoder, if heads alone are trained
 """
 
 import json
@@ -56,6 +56,8 @@ class Progress:
         broken: training pictures that could not be decoded, in the whole run: split, row, file and reason.
         skipped: optimiser steps of the whole run that were left out: not finite, or overflown in half precision.
         skipped_before: those of them before the running stage.
+        best: the best balanced accuracy on the validation pictures so far, and after which epoch (from 1) it was found.
+        ended: whether the run came to its end before its last epoch, since it did not get better.
         missing: micro-batches of the running epoch that are not in its sums, because their step was left out.
     """
 
@@ -71,6 +73,9 @@ class Progress:
     skipped: int = 0
     skipped_before: int = 0
     missing: int = 0
+    best: float | None = None
+    best_epoch: int | None = None
+    ended: bool = False
 
     def updates_since(self, first_step: int) -> int:
         """Optimiser steps that moved the weights in the running stage, which began with this step of the run."""
@@ -117,6 +122,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.recipe_file = self.path / "recipe.yaml"
+        self.features_file = self.path / "features.safetensors"
         self.metrics_file = self.path / "metrics.jsonl"
         self.results_file = self.path / "results.json"
         self.model = self.path / "model"

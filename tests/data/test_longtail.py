@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ecl_hf.data.longtail import exponential_counts, held_out_counts, longtail_indices, pareto_counts
+from ecl_hf.data.longtail import exponential_counts, held_out_counts, longtail_indices, pareto_counts, validation_counts
 from ecl_hf.evidence.metrics import shot_groups
 
 
@@ -199,3 +199,8 @@ def test_every_class_is_held_out_in_part(fraction):
 def test_held_out_fraction_is_checked(fraction):
     with pytest.raises(ValueError, match=r"in \(0, 1\)"):
         held_out_counts([5, 5], fraction)
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(0.1, [0, 0, 1, 1, 1, 10]), (0.9, [0, 0, 1, 2, 8, 90])])
+def test_every_class_of_three_pictures_gets_one_to_validate(fraction, expected):
+    assert validation_counts([1, 2, 3, 4, 10, 100], fraction).tolist() == expected

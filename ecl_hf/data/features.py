@@ -1,0 +1,92 @@
+"""Batches of kept features in the place of pictures, drawn by the same samplers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ecl_hf.data.loaders import EpochSampler, Pick
+from ecl_hf.data.samplers import Sampler, instance
+
+
+class FeatureDataset(torch.utils.data.Dataset):
+    """Features of the training pictures; each time a picture comes, one of its fixed views is drawn.
+
+    Which one depends on seed, epoch and picture alone. `views`, `epoch`, `progress` and `weights` are as those of
+    `ViewDataset`: each further view is another draw.
+
+    Args:
+        features: [V, N, D].
+        labels: [N].
+        there: whether each picture could be decoded, [N]; the next one that could takes the place of one that couldn't.
+        seed: of the draws.
+
+    Raises:
+        ValueError: no picture could be decoded.
+    """
+
+    def __init__(self, features: Tensor, labels: np.ndarray, there: Tensor, seed: int = 0) -> None:
+        if not there.any():
+            raise ValueError(f"none of the {len(labels)} training pictures can be decoded")
+        self.features = features
+        self.labels = labels
+        self.seed = seed
+        self.views: dict[str, Any] = {"pixel_values": None}
+        self.epoch = 0
+        self.progress = 0.0
+        self.weights: np.ndarray | None = None
+        good = np.flatnonzero(there.numpy())
+        self.rows = good[np.searchsorted(good, np.arange(len(labels))) % len(good)]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: Sequence[int | Pick]) -> dict[str, Tensor]:
+        """A whole batch: `pixel_values` [B, D] and the further views, `labels`, `indices`."""
+        picks = [index if isinstance(index, Pick) else Pick(index) for index in indices]
+        rows, again = (np.array([getattr(pick, name) for pick in picks]) for name in ("row", "again"))
+        batch = {name: self._draw(rows, again, n) for n, name in enumerate(self.views)}
+        batch |= {"labels": torch.from_numpy(self.labels[self.rows[rows]]), "indices": torch.from_numpy(rows)}
+        if picks[0].partner is not None:
+            partners, again = (np.array([getattr(pick, n) for pick in picks]) for n in ("partner", "partner_again"))
+            batch["partner_pixel_values"] = self._draw(partners, again, len(self.views))
+            batch["partner_labels"] = torch.from_numpy(self.labels[self.rows[partners]])
+        return batch
+
+    def _draw(self, rows: np.ndarray, again: np.ndarray, which: int) -> Tensor:
+        draws = np.random.default_rng([self.seed, self.epoch, which]).integers(1 << 30, size=len(self))
+        view = (draws[rows] + again) % len(self.features)
+        return self.features[torch.from_numpy(view), torch.from_numpy(self.rows[rows])]
+
+
+def feature_loader(
+    dataset: FeatureDataset,
+    batch_size: int,
+    parts: int = 1,
+    sampler: Sampler = instance,
+    partners: Sampler | None = None,
+    settings: Any = None,
+) -> DataLoader:
+    """Full batches of an epoch (see `EpochSampler`), each in equal parts for processes and accumulation."""
+    return DataLoader(
+        dataset,
+        batch_size // parts,
+        sampler=EpochSampler(dataset, batch_size, sampler, partners, settings),
+        drop_last=True,
+        collate_fn=as_it_is,
+        generator=torch.Generator().manual_seed(dataset.seed),
+    )
+
+
+def as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch, which the data set has put together already."""
+    return batch
+
+
+def in_batches(features: Tensor, labels: Tensor, batch_size: int = 4096) -> list[dict[str, Tensor]]:
+    """All pictures' features [N, D] with their labels [N], as batches for `predict`."""
+    pairs = zip(features.split(batch_size), labels.split(batch_size), strict=True)
+    return [{"pixel_values": values, "labels": known} for values, known in pairs]

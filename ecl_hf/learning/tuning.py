@@ -1,0 +1,178 @@
+"""What of a pretrained model moves, and features that a frozen encoder gives once and for all."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ecl_hf.heads import ECLCosineHead
+from ecl_hf.learning.optimiser import NORMS
+from ecl_hf.methods.base import Method
+from ecl_hf.modeling_ecl import ECLForImageClassification
+
+
+def parameters_to_tune(task: nn.Module, tune: str) -> Callable[[str], bool]:
+    """Whether a parameter of the task moves, by its name.
+
+    Args:
+        task: holds the ensemble as `model`.
+        tune: `all`; `norm_bias`: of the encoders, normalisation layers and biases; `head`: nothing of the encoders.
+            Classification heads and train-only modules always move.
+    """
+    if tune == "all":
+        return lambda _: True
+    light = set()
+    if tune == "norm_bias":
+        for prefix, module in task.named_modules():
+            own = [f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False)]
+            light.update(own if isinstance(module, NORMS) else (name for name in own if name.endswith(".bias")))
+    return lambda name: name in light or not (".backbone." in name or name.startswith("model.trunk."))
+
+
+def check_kept_features(method: Method, name: str, *, pretrained: bool | str, streaming: bool) -> None:
+    """See that a method can be trained on the features of one frozen encoder.
+
+    Raises:
+        ValueError: says what it needs that kept features don't have.
+    """
+    if not pretrained:
+        raise ValueError("model.tune head trains heads on a pretrained encoder: set model.pretrained")
+    if streaming:
+        raise ValueError("model.tune head keeps the features of all training pictures, which a stream does not allow")
+    for stage in method.stages:
+        if stage.mixing or "teacher" in stage.needs:
+            lacking = "mixes pictures" if stage.mixing else "shows its pictures to a teacher"
+            raise ValueError(f"model.tune head keeps features instead of pictures, but {name} {lacking}")
+
+
+class FrozenEncoder:
+    """The encoder that all experts of a model start from, outside of the model while heads are trained.
+
+    In the model it gives way to identities, so that the model takes features [B, D] for pictures; what trains,
+    checkpoints and counts parameters sees heads alone.
+
+    Args:
+        model: whose experts have the same encoder weights.
+    """
+
+    def __init__(self, model: ECLForImageClassification) -> None:
+        self.model = model
+        self.trunk, self.backbones = model.trunk, [expert.backbone for expert in model.experts]
+        for part in filter(None, [self.trunk, *self.backbones]):
+            part.requires_grad_(False).eval()
+        self.take_out()
+
+    def take_out(self) -> None:
+        """Let the model take features for pictures."""
+        self.model.trunk = None
+        for expert in self.model.experts:
+            expert.backbone = nn.Identity()
+
+    def put_back(self) -> None:
+        """Let the model take pictures again."""
+        self.model.trunk = self.trunk
+        for expert, backbone in zip(self.model.experts, self.backbones, strict=True):
+            expert.backbone = backbone.to(expert.head.weight.device)
+        if self.trunk is not None:
+            self.trunk.to(self.model.experts[0].head.weight.device)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within, the model takes pictures."""
+        self.put_back()
+        try:
+            yield
+        finally:
+            self.take_out()
+
+    def digest(self) -> bytes:
+        """SHA-256 over all weights."""
+        found = hashlib.sha256()
+        for part in filter(None, [self.trunk, self.backbones[0]]):
+            for tensor in part.state_dict().values():
+                found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return found.digest()
+
+    @torch.no_grad()
+    def __call__(self, pixel_values: Tensor) -> Tensor:
+        """Features of pictures, [B, 3, H, W] -> [B, D]."""
+        for part in filter(None, [self.trunk, self.backbones[0]]):
+            part.to(pixel_values.device)
+        return self.backbones[0](pixel_values if self.trunk is None else self.trunk(pixel_values)).float()
+
+
+@torch.no_grad()
+def encode(
+    encoder: Callable[[Tensor], Tensor],
+    batches: Iterable[dict[str, Tensor]],
+    mirrored: bool,
+    gather: Callable[[Any], Any] = lambda tensors: tensors,
+) -> dict[str, Tensor]:
+    """Features of all pictures in fixed views.
+
+    Args:
+        encoder: [B, 3, H, W] -> [B, D].
+        batches: dictionaries with `pixel_values` in the evaluation view and `labels`, -1 for a broken picture.
+        mirrored: also those of the mirror images.
+        gather: joins tensors of all processes without the padding (`Accelerator.gather_for_metrics`).
+
+    Returns:
+        `features` [V, N, D], first the evaluation view; `there` [N], whether the picture could be decoded.
+
+    Raises:
+        ValueError: features that are not finite.
+    """
+    parts = []
+    for batch in batches:
+        pixels = batch["pixel_values"]
+        views = [pixels, pixels.flip(-1)] if mirrored else [pixels]
+        features = torch.stack([encoder(view) for view in views], dim=1)
+        parts.append([tensor.cpu() for tensor in gather((features, batch["labels"] >= 0))])
+    features, there = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    found = {"features": features.transpose(0, 1).contiguous(), "there": there}
+    if not found["features"].isfinite().all():
+        raise ValueError("the encoder gives features that are not finite")
+    return found
+
+
+def read_features(file: Path, fingerprint: str) -> dict[str, Tensor] | None:
+    """Kept tensors, if the file is whole and was made from the same pictures by the same encoder; else None."""
+    try:
+        with safe_open(file, "pt") as kept:
+            if (kept.metadata() or {}).get("fingerprint") != fingerprint:
+                return None
+            return {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118 (no iterator)
+    except (OSError, SafetensorError):
+        return None
+
+
+def write_features(file: Path, tensors: dict[str, Tensor], fingerprint: str) -> None:
+    """Keep tensors, so that a reader sees all of them or no file."""
+    partial = file.with_name(f".{file.name}.partial")
+    save_file(tensors, partial, {"fingerprint": fingerprint})
+    partial.replace(file)
+
+
+@torch.no_grad()
+def start_at_class_means(head: nn.Module, features: Tensor, labels: Tensor) -> None:
+    """Set the rows of a cosine classifier to the directions of the classes' mean directions; other heads stay.
+
+    Args:
+        head: of an expert.
+        features: of the training pictures, [N, D].
+        labels: class indices, [N]; a class without pictures keeps the direction of its row.
+    """
+    if isinstance(head, ECLCosineHead):
+        means = torch.zeros(head.weight.shape).index_add_(0, labels, F.normalize(features, dim=-1))
+        seen = torch.bincount(labels, minlength=len(means)) > 0
+        rows = torch.where(seen[:, None], F.normalize(means, dim=-1), F.normalize(head.weight.cpu(), dim=-1))
+        head.weight.copy_(rows)
+        if head.bias is not None:
+            head.bias.zero_()

@@ -1,0 +1,67 @@
+"""What of a model moves, and how heads start."""
+
+import pytest
+import torch
+from torch import nn
+
+from ecl_hf import ECLConfig, ECLForImageClassification
+from ecl_hf.heads import ECLCosineHead
+from ecl_hf.learning.task import CollaborativeTask
+from ecl_hf.learning.tuning import encode, read_features, start_at_class_means, write_features
+from ecl_hf.methods import METHODS
+
+
+def make_task(tune):
+    config = ECLConfig(architecture="resnet20_cifar", num_experts=2, share_stages=1, class_counts=[9, 5, 2])
+    return CollaborativeTask(ECLForImageClassification(config), METHODS["bkt"], tune=tune)
+
+
+@pytest.mark.parametrize("tune", ["all", "norm_bias", "head"])
+def test_an_optimiser_step_moves_what_is_tuned_and_nothing_else(tune):
+    task = make_task(tune)
+    before = {name: parameter.clone() for name, parameter in task.named_parameters()}
+    optimizer = torch.optim.SGD([weight for weight in task.parameters() if weight.requires_grad], lr=0.1)
+    task(torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2]))["loss"].backward()
+    optimizer.step()
+    moved = {name for name, parameter in task.named_parameters() if not torch.equal(before[name], parameter)}
+    encoder = {name for name in before if "backbone" in name}
+    norms = {name for name in encoder if ".bn" in name}  # this network has no other biases
+    assert moved == before.keys() - (encoder - {"all": encoder, "norm_bias": norms, "head": set()}[tune])
+
+
+def test_head_at_class_means_is_the_nearest_direction():
+    head = ECLCosineHead(5, 3, scale=4.0)
+    untouched = head.weight[2].detach().clone()
+    features, labels = 3 * torch.rand(8, 5), torch.tensor([0, 1, 0, 1, 1, 0, 0, 0])
+    start_at_class_means(head, features, labels)
+    for c in range(2):
+        mean = torch.stack([row / row.norm() for row, label in zip(features, labels, strict=True) if label == c]).mean(
+            0
+        )
+        torch.testing.assert_close(head.weight[c], mean / mean.norm())
+    torch.testing.assert_close(head.weight[2], untouched / untouched.norm())
+    linear = nn.Linear(5, 3)
+    weight = linear.weight.detach().clone()
+    start_at_class_means(linear, features, labels)
+    assert torch.equal(linear.weight, weight)
+
+
+def test_kept_features_are_read_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "features.safetensors"
+    assert read_features(file, "a") is None
+    batches = [{"pixel_values": torch.randn(2, 3, 4, 4), "labels": torch.tensor([1, -1])} for _ in range(2)]
+    tensors = encode(lambda pixels: pixels[:, :, 0, 0], batches, mirrored=True)
+    pixels = torch.cat([batch["pixel_values"] for batch in batches])
+    assert torch.equal(tensors["features"], torch.stack([pixels[:, :, 0, 0], pixels[:, :, 0, -1]]))
+    assert tensors["there"].tolist() == [True, False, True, False]
+    write_features(file, tensors, "a")
+    assert torch.equal(read_features(file, "a")["features"], tensors["features"])
+    assert read_features(file, "b") is None  # other pictures, or another encoder
+    file.write_bytes(file.read_bytes()[:-9])
+    assert read_features(file, "a") is None
+
+
+def test_features_that_are_not_finite_are_refused():
+    batch = {"pixel_values": torch.full((1, 3, 4, 4), torch.inf), "labels": torch.tensor([0])}
+    with pytest.raises(ValueError, match="not finite"):
+        encode(lambda pixels: pixels[:, :, 0, 0], [batch], mirrored=False)

@@ -1,0 +1,114 @@
+"""Heads on the kept features of a frozen encoder, through the training script, and choosing by validation pictures."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from train import main
+
+from ecl_hf import ECLForImageClassification
+from ecl_hf.data.longtailed import load_longtailed
+from ecl_hf.data.mixing import mixup
+from ecl_hf.data.views import evaluation_view
+from ecl_hf.evidence.metrics import group_accuracy
+from ecl_hf.learning.tuning import check_kept_features
+from ecl_hf.methods import METHODS
+from ecl_hf.methods.base import Method, Stage
+from ecl_hf.runs.recipe import Recipe
+from tests.training.test_train_script import TINY, assert_same_run, fresh_accelerate  # noqa: F401 (a fixture)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """Weights of an encoder, by timm's names."""
+    torch.manual_seed(3)
+    file = tmp_path_factory.mktemp("weights") / "encoder.safetensors"
+    save_file(timm.create_model("resnet20_cifar", num_classes=0).state_dict(), file)
+    return file
+
+
+@pytest.fixture
+def train(pretrained, tmp_path):
+    def run(name, *flags):
+        head = [f"--model.pretrained={pretrained}", "--model.tune=head"]
+        return main([*TINY, *head, f"--output_dir={tmp_path / name}", *flags])
+
+    return run
+
+
+def test_heads_learn_what_a_model_of_pictures_gives_back(train, pretrained):
+    flags = ["--method=bc", "--model.classifier=cosine", "--model.head_init=class_means", "--data.horizontal_flip=true"]
+    run = train("run", *flags, "--epochs=4", "--data.val_fraction=0.2")
+    model = ECLForImageClassification.from_pretrained(run / "model")
+    encoder = load_file(pretrained)
+    own = model.experts[0].backbone.state_dict()
+    assert all(torch.equal(own[name], encoder[name]) for name in encoder)  # not even running statistics have moved
+    kept = load_file(run / "features.safetensors")
+    data = load_longtailed(Recipe.from_file(run / "recipe.yaml").data)
+    view = evaluation_view(model.config.pretrained_cfg)
+    with torch.no_grad():
+        for part, pictures in (("train", data.train), ("val", data.val)):
+            pixels = torch.stack([view(picture.convert("RGB")) for picture in pictures["image"]])
+            torch.testing.assert_close(kept[f"{part}.features"][0], model.experts[0].backbone.eval()(pixels))
+        mirrored = torch.stack([view(picture.convert("RGB")).flip(-1) for picture in data.train["image"][:9]])
+        torch.testing.assert_close(kept["train.features"][1, :9], model.experts[0].backbone(mirrored))
+    results = json.loads((run / "results.json").read_text())
+    assert results["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    checkpoint = next((run / "checkpoints").glob("step_*")) / "model.safetensors"
+    assert not any("backbone" in key for key in load_file(checkpoint))
+
+
+def test_epoch_and_temperature_are_chosen_on_the_validation_pictures(train):
+    run = train("run", "--method=bc", "--epochs=5", "--data.val_fraction=0.3", "--optim.lr=0.02", "--data.max_count=40")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    model = ECLForImageClassification.from_pretrained(run / "model").eval()
+    data = load_longtailed(Recipe.from_file(run / "recipe.yaml").data)
+    view = evaluation_view(model.config.pretrained_cfg)
+    labels = torch.tensor(data.val["label"][:])
+    with torch.no_grad():
+        logits = model(torch.stack([view(picture.convert("RGB")) for picture in data.val["image"]])).logits
+    found = group_accuracy(logits.argmax(-1), labels, data.class_counts)["balanced"]
+    assert found == pytest.approx(max(line["val/balanced"] for line in lines))
+    temperature = model.config.temperature
+    assert temperature != 1
+
+    def likelihood(other):
+        prior = torch.tensor(data.class_counts).double().log()
+        shifted = logits.double() * temperature / other + prior
+        return torch.nn.functional.cross_entropy(shifted, labels).item()
+
+    assert likelihood(temperature) <= min(likelihood(1.02 * temperature), likelihood(temperature / 1.02))
+
+
+def test_interrupted_run_on_kept_features_is_the_uninterrupted_one(train, monkeypatch):
+    flags = ["--method=ecl", "--data.val_fraction=0.2", "--model.head_init=class_means"]
+    flags += ["--model.classifier=cosine", "--epochs=3", "--train.checkpoint_every=1"]
+    whole = train("whole", *flags)
+    steps = json.loads((whole / "metrics.jsonl").read_text().splitlines()[0])["step"]
+    train("parts", *flags, f"--train.max_steps={steps + 2}")
+    monkeypatch.setattr("train.encode", None)  # what was kept is read
+    assert_same_run(whole, train("parts", *flags, "--resume"))
+
+
+def test_run_ends_when_it_does_not_get_better(train):
+    run = train("run", "--method=bc", "--epochs=40", "--data.val_fraction=0.3", "--train.patience=2", "--optim.lr=0.1")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scores = [line["val/balanced"] for line in lines]
+    best = scores.index(max(scores))
+    assert len(scores) == best + 3 < 40
+    assert json.loads((run / "results.json").read_text())["finished"]
+
+
+def test_head_on_a_random_encoder_is_refused(train, tmp_path):
+    with pytest.raises(SystemExit, match=r"set model\.pretrained"):
+        train("run", "--method=bc", "--model.pretrained=false")
+    assert not (tmp_path / "run").exists()
+
+
+def test_method_that_mixes_pictures_is_refused():
+    supervision = METHODS["bc"].stages[0].terms
+    method = Method((Stage(supervision, mixing=mixup(0.2)),))
+    with pytest.raises(ValueError, match="mixed mixes pictures"):
+        check_kept_features(method, "mixed", pretrained=True, streaming=False)
