@@ -665,5 +665,5 @@ def test_temperature_divides_all_logits_and_survives_saving(tmp_path):
     assert_close(cooled.expert_logits, raw.expert_logits / 2.5)
     prior = torch.tensor([8.0, 4, 2])
     assert_close(cooled.logits.softmax(-1), (raw.logits / 2.5 + prior.log()).softmax(-1))
-    with pytest.raises(ValueError, match="temperature"):
+    with pytest.raises(StrictDataclassError, match="temperature"):
         ECLConfig(temperature=0)

@@ -91,7 +91,7 @@ def _rows(results: dict[str, Any]) -> list[dict[str, str]]:
         entries = [("ensemble", test["ensemble"])] if len(test["experts"]) > 1 else []
         entries += [(f"expert {k}", scores) for k, scores in enumerate(test["experts"])]
         for name, scores in entries:
-            cells = {key: percent(scores[key]) if key in scores else "-" for key in METRICS}
+            cells = {key: percent(scores[key]) if key in scores else "not measured" for key in METRICS}
             rows.append({"model": name, "flip": "yes" if kind == "flip" else "no", **cells})
     return rows
 
