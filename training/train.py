@@ -628,7 +628,7 @@ class Training:
         model = self.model if self.plain.average is None else self.plain.average.module
         found = self._predict("val", model)
         self.task.train()
-        scores = score(found.expert_logits.mean(1), found.labels, self.data.class_counts)
+        scores = score(found.ensemble_logits, found.labels, self.data.class_counts)
         if best is not None:
             if progress.best is None or scores["balanced"] > progress.best:
                 progress.best, progress.best_epoch = scores["balanced"], progress.epoch + 1
@@ -641,7 +641,7 @@ class Training:
         """Find the temperature on the validation pictures, which are as frequent as the training pictures."""
         found, config = self._predict("val", self.model), self.model.config
         shift = log_prior_shift([max(n, 1) for n in self.data.class_counts], self.model.carried_prior())
-        config.temperature *= fit_temperature(found.expert_logits.mean(1), found.labels, shift)
+        config.temperature *= fit_temperature(found.ensemble_logits, found.labels, shift)
 
     def _picture_weights(self) -> np.ndarray | None:
         weights = [part.picture_weights for part in self.plain.parts.values() if part.picture_weights is not None]

@@ -134,8 +134,8 @@ def score_for_training_prior(
         `{"plain" | "flip": score}`.
     """
     shift = log_prior_shift(carried, torch.tensor(class_counts).clamp_min(1))
-    ways = {"plain": predictions.expert_logits, "flip": predictions.both_logits}
-    return {name: score(logits.mean(1) - shift, predictions.labels, class_counts) for name, logits in ways.items()}
+    ways = predictions.ways.items()
+    return {name: score(logits - shift, predictions.labels, class_counts) for name, (logits, _) in ways}
 
 
 def summarise(predictions: Predictions, class_counts: list[int]) -> dict[str, Any]:
