@@ -105,14 +105,14 @@ def transfer_arrays(
     if recipe.data.streaming:
         accelerator.print("Fig. 2 is left out: the training pictures are streamed")
         return {}
-    method = METHODS[recipe.method]
-    if len(model.experts) == 1 or {SHUFFLED, INVERTED} & set(method.terms):
+    terms = {term for stage in METHODS[recipe.method].stages for term in stage.terms}
+    if len(model.experts) == 1 or {SHUFFLED, INVERTED} & terms:
         accelerator.print(
             f"Fig. 2 is left out: {recipe.method} transfers nothing between experts, or not as Eq. 6 has it"
         )
         return {}
     references = None
-    if "reference" in method.needs:
+    if any("reference" in term.needs for term in terms):
         try:
             references = reference_heads(run, model)
         except FileNotFoundError as error:
@@ -126,8 +126,8 @@ def transfer_arrays(
         model,
         references,
         ({name: batch[name].to(accelerator.device) for name in ("pixel_values", "labels")} for batch in loader),
-        weighted=bool({BALANCED, BALANCED_DETACHED} & set(method.terms)),
-        temperature=recipe.loss.temperature,
+        weighted=bool({BALANCED, BALANCED_DETACHED} & terms),
+        temperature=getattr(recipe.loss, "temperature", 1.0),
         reduce=lambda tensor: accelerator.reduce(tensor, "sum"),
     )
     return {f"transfer_{name}": values for name, values in arrays.items()}

@@ -116,7 +116,7 @@ def changed(cell: Cell, recipe: Recipe, **settings: Any) -> Cell:
     own = {
         "gamma": (recipe.data.imbalance_factor, ("data.imbalance_factor",)),
         "k": (recipe.model.num_experts, ("model.num_experts",)),
-        "share": (recipe.model.share_stages, ("model.share_stages",)),
+        "share": (recipe.model.share_stages or 0, ("model.share_stages",)),
         "alpha": (recipe.loss.alpha_logit, ("loss.alpha_logit", "loss.alpha_feature")),
         "beta": (recipe.loss.beta, ("loss.beta",)),
     }

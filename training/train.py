@@ -56,7 +56,7 @@ from ecl_hf.evidence.results import describe_run, report
 from ecl_hf.heads import log_prior_shift
 from ecl_hf.learning.batchnorm import load_statistics, save_statistics, synchronise_batchnorm
 from ecl_hf.learning.finite import StepCheck, check_weights
-from ecl_hf.learning.initialise import initialise_model
+from ecl_hf.learning.initialise import initialise_model, shared_parts
 from ecl_hf.learning.memory import checkpoint_blocks, checkpoint_experts, counted_once, keep_freed_memory
 from ecl_hf.learning.optimiser import build_optimizer, learning_rate, set_learning_rate
 from ecl_hf.learning.stages import begin_heads, check_stages, fold_heads
@@ -193,6 +193,7 @@ class Training:
         check_launch(os.environ, self.processes)
         self.method = METHODS[recipe.method]
         recipe.model.num_experts = self.method.num_experts(recipe.model.num_experts)
+        recipe.model.share_stages, recipe.model.share_blocks = shared_parts(recipe.model, self.method)
         self.accumulation = recipe.train.gradient_accumulation_steps
         self.pieces = self.processes * self.accumulation
         if recipe.batch_size % self.pieces:

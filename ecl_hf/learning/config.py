@@ -24,8 +24,9 @@ class ModelConfig:
     """Number of experts K; the method's own when not given: 3 for most that train several."""
     teacher: str | None = None
     """Finished model that a method with a teacher learns from: run folder, model directory, or Hub repository."""
-    share_stages: int = 0
-    """Stages of the encoder, with its stem, that are one for all experts: cheaper, and not the paper's."""
+    share_stages: int | None = None
+    """Stages of the encoder, with its stem, that are one for all experts: cheaper, and not ECL's. The method's own
+    when not given: none for most."""
     share_blocks: int = 0
     """Blocks of the stage behind them that are, too."""
     classifier: Literal["linear", "cosine"] = "linear"
@@ -41,7 +42,8 @@ class ModelConfig:
         least = self.num_experts is None or self.num_experts >= 1
         require(least, f"model.num_experts must be at least 1, got {self.num_experts}")
         for name in ("share_stages", "share_blocks"):
-            require(getattr(self, name) >= 0, f"model.{name} must not be negative, got {getattr(self, name)}")
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"model.{name} must not be negative, got {value}")
         require(
             self.image_size is None or self.image_size >= 8,
             f"model.image_size must be at least 8, got {self.image_size}",

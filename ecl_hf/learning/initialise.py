@@ -35,6 +35,7 @@ def initialise_model(
     """
     model_args, pretrained_cfg, state = _encoder_settings(config)
     num_experts = method.num_experts(config.num_experts)
+    stages, blocks = shared_parts(config, method)
     head = method.head or HeadKind(config.classifier, config.classifier_scale)
     prior = method.logit_prior
     if callable(prior):
@@ -46,8 +47,8 @@ def initialise_model(
         ECLConfig(
             architecture=config.architecture,
             num_experts=num_experts,
-            share_stages=config.share_stages,
-            share_blocks=config.share_blocks,
+            share_stages=stages,
+            share_blocks=blocks,
             classifier=head.kind,
             classifier_scale=head.scale,
             classifier_bias=head.bias,
@@ -67,6 +68,14 @@ def initialise_model(
         for part in (*model.experts, *filter(None, [model.trunk])):
             part.backbone.load_state_dict({key: state[key] for key in part.backbone.state_dict()})
     return model
+
+
+def shared_parts(config: ModelConfig, method: Method) -> tuple[int, int]:
+    """Stages and further blocks that the experts share: the recipe's, or the method's where it says nothing."""
+    if config.share_stages is not None or method.experts.shared is None:
+        return config.share_stages or 0, config.share_blocks
+    with torch.device("meta"):  # no weights, and no random numbers
+        return method.experts.shared(create_encoder(config.architecture))
 
 
 @torch.no_grad()

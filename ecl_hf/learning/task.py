@@ -161,11 +161,17 @@ class CollaborativeTask(nn.Module):
         inputs = [pixel_values, *(views[f"view_{n}"] for n in range(len(self.stage.views)))]
         if partner_pixel_values is not None:
             inputs.append(partner_pixel_values)
-        output = self.model(inputs[0] if len(inputs) == 1 else torch.cat(inputs), output_features=True)
-        logits, features, others = output.expert_logits.transpose(0, 1), output.features.transpose(0, 1), []
-        if len(inputs) > 1:
-            pairs = zip(logits.split(len(labels), dim=1), features.split(len(labels), dim=1), strict=True)
-            (logits, features), *others = pairs
+        others, maps = [], None
+        if self.stage.apart:
+            logits, features = self._run_apart(inputs)
+        elif "maps" in self.stage.needs:
+            logits, features, maps = self._run_with_maps(pixel_values)
+        else:
+            output = self.model(inputs[0] if len(inputs) == 1 else torch.cat(inputs), output_features=True)
+            logits, features = output.expert_logits.transpose(0, 1), output.features.transpose(0, 1)
+            if len(inputs) > 1:
+                pairs = zip(logits.split(len(labels), dim=1), features.split(len(labels), dim=1), strict=True)
+                (logits, features), *others = pairs
         ref_logits = queries = keys = None
         if self.references is not None:
             ref_logits = torch.stack([head(v) for head, v in zip(self.references, features, strict=True)])
@@ -182,6 +188,7 @@ class CollaborativeTask(nn.Module):
                 labels=labels,
                 cls_logits=logits,
                 features=features,
+                maps=maps,
                 log_prior_shift=self.log_prior_shift,
                 log_class_counts=self.log_class_counts,
                 ref_logits=ref_logits,
@@ -192,7 +199,7 @@ class CollaborativeTask(nn.Module):
                 indices=indices,
                 time=self.time,
                 views=tuple(ViewOutputs(*other) for other in others[: len(self.stage.views)]),
-                partner=ViewOutputs(*others[-1]) if partner_pixel_values is not None else None,
+                partner=ViewOutputs(*others[-1]) if others and partner_pixel_values is not None else None,
                 partner_labels=partner_labels,
                 teacher=taught,
                 heads=tuple(expert.head for expert in self.model.experts),
@@ -209,6 +216,23 @@ class CollaborativeTask(nn.Module):
             "terms": {name: value.detach() for name, value in terms.items()},
             "keys": None if keys is None else keys.transpose(0, 1),
         }
+
+    def _run_apart(self, streams: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits [K, B, C] and features [K, B, D] of experts that see a stream each; what they share sees all."""
+        model = self.model
+        inputs = streams if model.trunk is None else [model.trunk(stream) for stream in streams]
+        features, logits = zip(*(expert(x) for expert, x in zip(model.experts, inputs, strict=True)), strict=True)
+        return torch.stack(logits), torch.stack(features)
+
+    def _run_with_maps(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [K, B, C], features [K, B, D], and the maps that these are pooled from."""
+        model = self.model
+        inputs = pixel_values if model.trunk is None else model.trunk(pixel_values)
+        maps = [expert.backbone.forward_features(inputs) for expert in model.experts]
+        pairs = zip(model.experts, maps, strict=True)
+        features = [expert.backbone.forward_head(each, pre_logits=True) for expert, each in pairs]
+        logits = [expert.head(each) for expert, each in zip(model.experts, features, strict=True)]
+        return torch.stack(logits), torch.stack(features), torch.stack(maps)
 
     @torch.no_grad()
     def _ask_teacher(self, pixel_values: Tensor) -> ViewOutputs:

@@ -52,6 +52,7 @@ class TaskOutputs:
         labels: [B].
         cls_logits: raw logits of the classification heads, [K, B, C].
         features: pooled backbone features, [K, B, D].
+        maps: what these are pooled from, [K, B, D, H, W] for most convolutional encoders.
         log_prior_shift: `log p_s - log p_t`, [C].
         log_class_counts: [C]; an empty class counts as one picture.
         ref_logits: raw logits of the reference heads, [K, B, C].
@@ -74,6 +75,7 @@ class TaskOutputs:
     features: Tensor
     log_prior_shift: Tensor
     log_class_counts: Tensor
+    maps: Tensor | None = None
     ref_logits: Tensor | None = None
     queries: Tensor | None = None
     keys: Tensor | None = None
@@ -184,7 +186,7 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     return tensor
 
 
-Branch = Literal["reference", "momentum", "teacher"]
+Branch = Literal["reference", "momentum", "teacher", "maps"]
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ class Term:
         name: key in the logs.
         loss: unweighted loss of a forward.
         weight: of the addend: name of a setting, or a function of outputs and settings; None for 1.
-        needs: train-only branches that it reads.
+        needs: train-only branches that it reads, or the encoders' last maps.
         part: makes the train-only module of the term, `TaskOutputs.parts[name]`.
         two_labels: the loss is linear in the label (as every cross-entropy is): where a mixing gives pictures two
             labels, it is computed for both.
@@ -283,6 +285,7 @@ class Stage:
         name: in logs and progress bar.
         sampler: which picture comes next.
         partners: sampler of a second stream; None for none.
+        apart: the first expert sees the pictures, and the second those of the second stream.
         views: further views with gradient: names of `data.views`.
         mixing: what becomes of a batch before the forward.
         trains: which parameters move.
@@ -299,6 +302,7 @@ class Stage:
     name: str = "training"
     sampler: Sampler = instance
     partners: Sampler | None = None
+    apart: bool = False
     views: tuple[Literal["supervised", "contrastive", "plain"], ...] = ()
     mixing: Mixing | None = None
     trains: Trains = ALL
@@ -313,6 +317,7 @@ class Stage:
         names = [term.name for term in self.terms]
         require(len(names) == len({*names}) > 0, f"stage {self.name!r} needs terms of different names, got {names}")
         require(self.share > 0, f"stage {self.name!r}: share must be positive, got {self.share}")
+        require(self.partners or not self.apart, f"stage {self.name!r}: experts see a stream each, but there is one")
         if self.mixing and (single := [term.name for term in self.terms if not term.two_labels]):
             raise ValueError(
                 f"stage {self.name!r} mixes pictures of two classes, but its term {single[0]!r} takes one label"
@@ -345,11 +350,19 @@ class HeadKind:
 
 @dataclass(frozen=True)
 class Experts:
-    """How many experts a method trains: by itself, at least, and at most (None for any number)."""
+    """How many experts a method trains, and what of their encoders is one for all of them.
+
+    Attributes:
+        default: how many by itself.
+        least: how many at least.
+        most: how many at most; None for any number.
+        shared: `share_stages` and `share_blocks` for an encoder, where the recipe does not give them.
+    """
 
     default: int = 3
     least: int = 1
     most: int | None = None
+    shared: Callable[[nn.Module], tuple[int, int]] | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,11 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from ecl_hf.learning.config import ModelConfig
+from ecl_hf.learning.initialise import initialise_model
+from ecl_hf.learning.task import CollaborativeTask
+from ecl_hf.methods import METHODS
+from ecl_hf.methods.base import EpochContext, Time
 from ecl_hf.methods.bbn import conventional_share, joint_logits, joint_losses, split_classifier
 from tests.methods.comparing import tensors
 
@@ -62,3 +67,52 @@ def test_the_halves_of_the_classifier_are_two_experts(values):
         for key, half in zip(("feature_a", "feature_b"), halves, strict=True)
     ]
     assert_close(torch.stack(experts).mean(0), values["inference_logits"])
+
+
+def build():
+    """A task of two branches, and a batch of both streams."""
+    config = ModelConfig(architecture="resnet20_cifar")
+    model = initialise_model(config, METHODS["bbn"], [9, 5, 2], ["a", "b", "c"])
+    batch = {
+        "pixel_values": torch.randn(6, 3, 16, 16),
+        "labels": torch.tensor([0, 0, 0, 0, 1, 2]),
+        "partner_pixel_values": torch.randn(6, 3, 16, 16),
+        "partner_labels": torch.tensor([2, 2, 1, 2, 0, 1]),
+    }
+    return CollaborativeTask(model, METHODS["bbn"]), batch
+
+
+def test_branches_share_all_but_their_last_block_and_see_a_stream_each():
+    task, batch = build()
+    model, linear = task.model, task.parts["supervision"].linear
+    assert {tuple(name.split(".")[:2]) for name in model.experts[0].backbone.state_dict()} == {("layer3", "2")}
+    task.time = Time(4, 8)
+    loss = task.train()(**batch)["loss"]
+    statistics = [dict(expert.named_buffers()) for expert in model.experts]
+    model.train()  # anew, by hand: the trunk's running statistics don't enter
+    streams = [batch["pixel_values"], batch["partner_pixel_values"]]
+    before = [{name: buffer.clone() for name, buffer in each.items()} for each in statistics]
+    features = [expert.backbone(model.trunk(x)) for expert, x in zip(model.experts, streams, strict=True)]
+    logits = joint_logits(*features, linear.weight, linear.bias, 0.75)
+    expected = joint_losses(logits, batch["labels"], batch["partner_labels"], 0.75).mean()
+    assert_close(loss, expected)
+    for one, other in zip(before, statistics, strict=True):
+        assert int(one["backbone.layer3.2.bn1.num_batches_tracked"]) == 1
+        assert int(other["backbone.layer3.2.bn1.num_batches_tracked"]) == 2
+    assert int(model.trunk.backbone.bn1.num_batches_tracked) == 4
+
+
+def test_the_experts_heads_are_the_halves_of_the_trained_classifier():
+    task, batch = build()
+    part, model = task.parts["supervision"], task.model.eval()
+    assert not any(parameter.requires_grad for expert in model.experts for parameter in expert.head.parameters())
+    part.after_epoch(EpochContext(Time(), model, task.settings, torch.tensor([9, 5, 2]), predict=None))
+    with torch.no_grad():
+        output = model(batch["pixel_values"], output_features=True)
+        expected = joint_logits(*output.features.transpose(0, 1), part.linear.weight, part.linear.bias, 0.5)
+    assert_close(output.logits, expected)
+
+
+def test_an_encoder_without_blocks_is_refused():
+    with pytest.raises(ValueError, match="weights outside of its stages"):
+        initialise_model(ModelConfig(architecture="test_vit"), METHODS["bbn"], [9, 5, 2], ["a", "b", "c"])

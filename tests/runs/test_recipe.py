@@ -48,7 +48,7 @@ PAPER = {
     "model.architecture": "resnet32_cifar",
     "model.pretrained": False,
     "model.num_experts": None,
-    "model.share_stages": 0,
+    "model.share_stages": None,
     "model.share_blocks": 0,
     "model.classifier": "linear",
     "model.classifier_scale": 16.0,
