@@ -56,7 +56,7 @@ def read_text(path: str | Path, most: int = MAX_TEXT) -> str:
     try:
         return read_bytes(path, most).decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+        raise ValueError(f"{path} is no text file in UTF-8: {error}") from error
 
 
 def read_json(path: str | Path, most: int = MAX_TEXT) -> Any:

@@ -150,6 +150,10 @@ def push(args: Namespace) -> str:
         raise ValueError(f"{args.split} holds no pictures: build it with --pictures")
     stored = read_source(DataConfig(path=str(args.split), profile="as_is"))
     pictures = datasets.DatasetDict({part: pictures_of(stored, part) for part in PARTS})
+    for part in PARTS:
+        for row, record in enumerate(records(pictures[part])):
+            if record is None or record["bytes"] is None:  # else the library would upload what its path names
+                raise ValueError(f"{args.split}: {part} row {row} holds no picture; build the split again")
     with explain_hub_errors(args.repo_id):
         commit = pictures.push_to_hub(args.repo_id, private=args.private or None, commit_message="Upload pictures")
         card = dataset_card(split, args, DatasetCard.load(args.repo_id).data)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import numpy as np
@@ -28,6 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ecl_hf import ECLForImageClassification
+from ecl_hf.data.config import DataConfig
 from ecl_hf.data.loaders import evaluation_loader
 from ecl_hf.data.longtailed import LongTailedData, load_longtailed
 from ecl_hf.data.pictures import BrokenPictureError
@@ -121,7 +122,8 @@ def transfer_arrays(
     rows = range(accelerator.process_index, len(data.train), accelerator.num_processes)
     view = evaluation_view(model.config.pretrained_cfg)
     on_error = REPLACE[recipe.data.on_error]
-    loader = evaluation_loader(data.train.select(rows), view, batch_size, recipe.data.num_workers, "train", on_error)
+    settings = (batch_size, recipe.data.num_workers, "train", on_error, recipe.data.max_pixels)
+    loader = evaluation_loader(data.train.select(rows), view, *settings)
     arrays = collect_transfer(
         model,
         references,
@@ -139,7 +141,7 @@ def landscape_arrays(
     data: LongTailedData,
     how_many: int,
     batch_size: int,
-    on_error: Literal["raise", "skip"],
+    config: DataConfig,
 ) -> dict[str, np.ndarray]:
     """Fig. 8 on some test images; each process takes some of the directions."""
     rows = np.random.default_rng(0).permutation(len(data.test))[:how_many]
@@ -147,7 +149,8 @@ def landscape_arrays(
         data.test.select(np.sort(rows)),
         evaluation_view(model.config.pretrained_cfg),
         batch_size,
-        on_error=REPLACE[on_error],
+        on_error=REPLACE[config.on_error],
+        max_pixels=config.max_pixels,
     )
     batches = [{name: batch[name].to(accelerator.device) for name in ("pixel_values", "labels")} for batch in loader]
     mine = list(range(DIRECTIONS))[accelerator.process_index :: accelerator.num_processes]
@@ -242,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         args.batch_size,
         config.num_workers,
         on_error=MARK[config.on_error],
+        max_pixels=config.max_pixels,
     )
     pictures = loader.dataset
     model, loader = accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare(loader)
@@ -256,9 +260,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if args.run is not None:
             arrays |= transfer_arrays(accelerator, plain, RunFolder(args.run), data, args.batch_size)
         if args.landscape_images:
-            arrays |= landscape_arrays(
-                accelerator, plain, data, args.landscape_images, args.batch_size, config.on_error
-            )
+            arrays |= landscape_arrays(accelerator, plain, data, args.landscape_images, args.batch_size, config)
     except BrokenPictureError as error:
         sys.exit(f"error: {error}; data.on_error skip in the recipe leaves it out")
     results = {

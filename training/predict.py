@@ -4,7 +4,6 @@ python training/predict.py --model runs/quickstart/model picture.png ...
 python training/predict.py --run runs/quickstart          # some pictures of the run's own test split
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,19 +14,26 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 from PIL import Image
 
+from ecl_hf import ECLForImageClassification
 from ecl_hf.data.longtailed import load_longtailed
 from ecl_hf.data.pictures import decode
+from ecl_hf.names import printable
 from ecl_hf.pipeline import ECLImageClassificationPipeline
 from ecl_hf.runs.folder import RunFolder
 from ecl_hf.runs.recipe import Recipe
+from ecl_hf.terminal import refusing
 
 
 def test_pictures(run: RunFolder, how_many: int) -> list[tuple[str, Image.Image]]:
     """Pictures of a run's test split with their class names, spread evenly over it."""
-    data = load_longtailed(Recipe.from_file(run.recipe_file).data)
+    config = Recipe.from_file(run.recipe_file).data
+    data = load_longtailed(config)
     stored = data.test.cast_column("image", datasets.Image(decode=False))
     rows = np.linspace(0, len(stored) - 1, how_many).astype(int).tolist()
-    return [(data.class_names[stored[i]["label"]], decode(stored[i]["image"], f"test row {i}")) for i in rows]
+    return [
+        (data.class_names[stored[i]["label"]], decode(stored[i]["image"], f"test row {i}", config.max_pixels))
+        for i in rows
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> list[list[dict[str, str | float]]]:
@@ -49,23 +55,23 @@ def main(argv: Sequence[str] | None = None) -> list[list[dict[str, str | float]]
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
 
-    try:
+    with refusing():
         if args.images:
             pictures = [(str(path), decode({"bytes": None, "path": str(path)})) for path in args.images]
         else:
             pictures = test_pictures(RunFolder(args.run), args.how_many)
-        model = args.model or RunFolder(args.run).model
-        classify = transformers.pipeline(
-            "image-classification", model=str(model), pipeline_class=ECLImageClassificationPipeline
-        )
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        source = args.model or RunFolder(args.run).model
+        model = ECLForImageClassification.from_pretrained(source).eval()
+        # By the configuration, which was checked; a repository's file for the processor could say anything
+        processor = transformers.TimmWrapperImageProcessor(model.config.pretrained_cfg, model.config.architecture)
+        classify = ECLImageClassificationPipeline(model=model, image_processor=processor)
     wanted = {"top_k": args.top_k, "flip": args.flip, "disagreement": args.disagreement}
     answers = classify([picture for _, picture in pictures], batch_size=32, **wanted)
-    print(f"\n{'picture':24}prediction of {model}")
+    print(f"\n{'picture':24}prediction of {source}")
     for (name, _), best in zip(pictures, answers, strict=True):
         differ = f"  disagreement {best[0]['disagreement']:.3f}" if args.disagreement else ""
-        print(f"{name:24}" + "  ".join(f"{answer['label']} {answer['score']:.2f}" for answer in best) + differ)
+        classes = "  ".join(f"{printable(answer['label'])} {answer['score']:.2f}" for answer in best)
+        print(f"{printable(name, 300):24}" + classes + differ)
     return answers
 
 

@@ -276,9 +276,9 @@ class Training:
         views = {"pixel_values": self._view("supervised")}
         on_error = "replace" if recipe.data.on_error == "skip" else "raise"
         if recipe.data.streaming:
-            return StreamedViews(views, recipe.seed, on_error)
-        keep = recipe.epochs > 1 and self.encoder is None
-        return ViewDataset(self.data.train, views, recipe.seed, on_error=on_error, keep=keep)
+            return StreamedViews(views, recipe.seed, on_error, recipe.data.max_pixels)
+        keep, most = recipe.epochs > 1 and self.encoder is None, recipe.data.max_pixels
+        return ViewDataset(self.data.train, views, recipe.seed, on_error=on_error, keep=keep, max_pixels=most)
 
     def _view(self, name: str) -> View:
         config, data = self.model.config.pretrained_cfg, self.recipe.data
@@ -345,7 +345,8 @@ class Training:
     def _evaluation_loader(self, pictures: datasets.Dataset) -> DataLoader:
         view = evaluation_view(self.model.config.pretrained_cfg)
         on_error = "mark" if self.recipe.data.on_error == "skip" else "raise"
-        loader = evaluation_loader(pictures, view, 256, self.recipe.data.num_workers, on_error=on_error)
+        data = self.recipe.data
+        loader = evaluation_loader(pictures, view, 256, data.num_workers, on_error=on_error, max_pixels=data.max_pixels)
         return self.accelerator.prepare(loader)
 
     def _keep_features(self) -> None:

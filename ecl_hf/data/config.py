@@ -5,6 +5,9 @@ from typing import Literal
 
 from ecl_hf.checks import check_values, require
 
+MAX_PIXELS = 89_478_485
+"""Pixels of a picture: above as many, Pillow suspects an attack; above twice as many it reads none."""
+
 
 @dataclass(kw_only=True)
 class DataConfig:
@@ -60,8 +63,10 @@ class DataConfig:
     on_error: Literal["raise", "skip"] = "raise"
     """Pictures that can't be decoded: `raise` stops and names the first one; `skip` trains on the next picture instead,
     leaves them out of the test, and says how many there were."""
+    max_pixels: int = MAX_PIXELS
+    """Pixels that a picture may have; decoding takes up to 20 bytes for each. A larger picture counts as broken."""
     num_workers: int = 0
-    """Data-loading processes of each training process."""
+    """Data-loading processes of each training process; on a CPU with few cores, 0 is faster than 1."""
 
     def __post_init__(self) -> None:
         check_values(self, "data.")
@@ -79,6 +84,10 @@ class DataConfig:
         require(
             self.class_counts is None or min(self.class_counts, default=0) >= 1,
             f"data.class_counts must be positive, got {self.class_counts}",
+        )
+        require(
+            1 <= self.max_pixels <= 2 * MAX_PIXELS,
+            f"data.max_pixels must lie in 1..{2 * MAX_PIXELS}, got {self.max_pixels}",
         )
         require(self.shuffle_buffer >= 1, f"data.shuffle_buffer must be at least 1, got {self.shuffle_buffer}")
         for name in ("split_seed", "num_workers"):

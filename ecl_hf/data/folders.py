@@ -9,12 +9,13 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-from torchvision.datasets.folder import make_dataset
+from PIL import Image
 
 from ecl_hf.data.config import DataConfig
+from ecl_hf.data.pictures import FORMATS
+from ecl_hf.names import printable
 
-PICTURES = frozenset(ImageFolder.EXTENSIONS)
+PICTURES = frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS)
 SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
 TABLES = (".parquet", ".arrow", "metadata.csv", "metadata.jsonl")
 """Endings of files that say themselves what the classes are."""
@@ -60,18 +61,17 @@ def read_class_folders(root: Path, config: DataConfig) -> tuple[dict[str, datase
             )
     there = {key: _folders(part) for key, part in parts.items()}
     class_names = sorted(set().union(*there.values()))
-    files, ignored = {}, Counter()
+    if strange := [name for name in class_names if not _encodable(name)]:
+        raise ValueError(f"{root}: the name of the class folder {printable(strange[0])} ({strange[0]!r}) is no UTF-8")
+    files, ignored, seen = {}, Counter(), Seen([*parts.values(), root])
     for key, part in parts.items():
-
-        def is_picture(file: str, start: int = len(str(part))) -> bool:
-            if f"{os.sep}." in file[start:]:
-                return False
-            known = _suffix(file) in PICTURES
-            ignored.update([] if known else [_suffix(file)])
-            return known
-
-        numbers = {name: c for c, name in enumerate(class_names) if name in set(there[key])}
-        files[key] = make_dataset(part, numbers, is_valid_file=is_picture, allow_empty=True) if numbers else []
+        files[key] = []
+        for c, name in enumerate(class_names):
+            for file in seen.files(part / name) if name in there[key] else ():
+                if (ending := _suffix(file)) in PICTURES:
+                    files[key].append((file, c))
+                else:
+                    ignored[ending] += 1
     if not any(files.values()):
         return None
     for key, part in parts.items():
@@ -98,6 +98,66 @@ def read_class_folders(root: Path, config: DataConfig) -> tuple[dict[str, datase
         paths, labels = zip(*found, strict=True)
         splits[key] = pictures(paths, np.array(labels), class_names)
     return splits, class_names
+
+
+class Seen:
+    """Folders that were walked through, links among them. None counts twice, as it would under two classes or splits.
+
+    Args:
+        roots: folders that hold the others; they and those above them are no place to come back to.
+    """
+
+    def __init__(self, roots: Sequence[Path]) -> None:
+        self.folders: dict[tuple[int, int], str] = {}
+        for root in roots:
+            for folder in (root, *root.resolve().parents):
+                if folder.exists():
+                    self.folders.setdefault(_identity(folder), str(folder))
+
+    def files(self, folder: Path) -> list[str]:
+        """All files below a folder, sorted folder by folder; hidden ones and hidden folders are left out.
+
+        Raises:
+            ValueError: a link leads to a folder that was seen already, or a name is no text.
+        """
+        found = []
+        for place, folders, names in os.walk(folder, followlinks=True):
+            self._enter(place)
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            found.append((place, sorted(name for name in names if not name.startswith("."))))
+        files = [os.path.join(place, name) for place, names in sorted(found) for name in names]  # noqa: PTH118 (fast)
+        if strange := [file for file in files if not _encodable(file)]:
+            raise ValueError(f"the name of {printable(strange[0], 300)} ({strange[0]!r}) is no UTF-8")
+        return files
+
+    def _enter(self, place: str) -> None:
+        identity = _identity(place)
+        if identity in self.folders:
+            raise ValueError(
+                f"{place} is the same folder as {self.folders[identity]}: its pictures would count twice; remove the "
+                "link"
+            )
+        self.folders[identity] = place
+
+
+def check_links(root: Path) -> None:
+    """Refuse a tree with a link that leads back into it, in which others would walk for ever."""
+    seen = Seen(root.resolve().parents)
+    seen.files(root)
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)  # noqa: PTH116 (fast)
+    return status.st_dev, status.st_ino
+
+
+def _encodable(name: str) -> bool:
+    """Whether a name is UTF-8 on the disk."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _suffix(file: str) -> str:

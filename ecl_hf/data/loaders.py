@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ecl_hf.data.config import MAX_PIXELS
 from ecl_hf.data.pictures import DECODED_LIMIT, BrokenPictureError, KeptPictures, decode, decoded_size
 from ecl_hf.data.samplers import Draw, Sampler, instance
 from ecl_hf.data.views import RandomView, View
@@ -55,6 +56,7 @@ class ViewDataset(torch.utils.data.Dataset):
             file. "replace": the next one that can be decoded takes its place, with that one's label; `broken` of an
             item is the message then, and else empty. "mark": a black picture with the label -1.
         keep: decode the pictures here, once, if all of them take no more than `DECODED_LIMIT` bytes.
+        max_pixels: a picture with more counts as one that can't be decoded.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class ViewDataset(torch.utils.data.Dataset):
         split: str = "train",
         on_error: OnError = "raise",
         keep: bool = False,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.dataset = dataset.cast_column("image", datasets.Image(decode=False))
         self.labels = np.array(dataset["label"][:], np.int64)
@@ -72,6 +75,7 @@ class ViewDataset(torch.utils.data.Dataset):
         self.seed = seed
         self.split = split
         self.on_error = on_error
+        self.max_pixels = max_pixels
         self.epoch = 0
         self.progress = 0.0
         self.weights: np.ndarray | None = None
@@ -135,7 +139,7 @@ class ViewDataset(torch.utils.data.Dataset):
 
     def _decode(self, row: int, record: dict[str, Any]) -> Image.Image | None:
         try:
-            return decode(record, f"{self.split} row {row}")
+            return decode(record, f"{self.split} row {row}", self.max_pixels)
         except BrokenPictureError:
             if self.on_error == "raise":
                 raise
@@ -146,7 +150,7 @@ class ViewDataset(torch.utils.data.Dataset):
         found = []
         for row in rows:
             try:
-                decode(self.dataset[row]["image"], f"{self.split} row {row}")
+                decode(self.dataset[row]["image"], f"{self.split} row {row}", self.max_pixels)
             except BrokenPictureError as error:
                 found.append(str(error))
         return found
@@ -297,10 +301,11 @@ def evaluation_loader(
     num_workers: int = 0,
     split: str = "test",
     on_error: OnError = "raise",
+    max_pixels: int = MAX_PIXELS,
 ) -> DataLoader:
-    """All pictures in order; of broken ones see `ViewDataset`."""
+    """All pictures in order; of broken and too large ones see `ViewDataset`."""
     return DataLoader(
-        ViewDataset(dataset, {"pixel_values": view}, split=split, on_error=on_error),
+        ViewDataset(dataset, {"pixel_values": view}, split=split, on_error=on_error, max_pixels=max_pixels),
         batch_size,
         num_workers=num_workers,
         collate_fn=collate,

@@ -81,9 +81,10 @@ def load_official(benchmark: Benchmark, config: DataConfig) -> Source:
     if root and not holds(root, (".parquet",)):
         splits = [pictures(locate(root, part, benchmark.flat), part.labels, names) for part in (train, test)]
     else:
-        stored, _ = read_splits(config if root else replace(config, source=benchmark.hub))
+        stored, *_ = read_splits(config if root else replace(config, source=benchmark.hub))
         splits = [_match(stored[key], part, names, config) for key, part in (("train", train), ("test", test))]
-    return Source(benchmark.name, *splits, class_names=names, published=True)
+    folders = (root,) if root else ()
+    return Source(benchmark.name, *splits, class_names=names, published=True, folders=folders)
 
 
 def check_counts(part: PictureList, expected: Sequence[int], names: Sequence[str]) -> None:

@@ -1,6 +1,5 @@
 """Lists of picture files with their classes, as benchmarks publish them: lines "path label", or COCO-like JSON."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -9,6 +8,11 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+
+from ecl_hf.files import read_object, read_text
+
+MAX_LIST = 1 << 30
+"""Bytes of a list; that of iNaturalist has a tenth."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +27,9 @@ class PictureList:
 
 def read_list(file: Path) -> PictureList:
     """Read lines "path label", or JSON with `images`, `annotations` and `categories`; ValueError: a wrong entry."""
-    try:
-        text = file.read_text(encoding="utf-8")
-        return _read_json(file, json.loads(text)) if file.suffix == ".json" else _read_lines(file, text)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no text file: {error}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+    if file.suffix == ".json":
+        return _read_json(file, read_object(file, MAX_LIST))
+    return _read_lines(file, read_text(file, MAX_LIST))
 
 
 def _read_lines(file: Path, text: str) -> PictureList:

@@ -1,13 +1,28 @@
 """From a picture file to 8-bit RGB; what can't be decoded is named."""
 
 import io
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ecl_hf.data.config import MAX_PIXELS
+from ecl_hf.files import read_bytes
+from ecl_hf.names import printable
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What counts as a picture, whatever its file is called. Pillow knows more, and for one of them starts Ghostscript."""
+
+MAX_FILE = 1 << 30
+"""Bytes of a picture file."""
+
+MAX_RATIO = 100
+"""How often the shorter side may go into the longer one: views enlarge the shorter side to that of the input."""
 
 DECODED_LIMIT = 1 << 30
 """Bytes of decoded pixels that a training process keeps; the pictures of a larger set are decoded as they come."""
@@ -21,57 +36,75 @@ class BrokenPictureError(ValueError):
         super().__init__(message.strip().rpartition("\n")[2].removeprefix(f"{__name__}.{type(self).__qualname__}: "))
 
 
-def content(record: dict[str, Any]) -> bytes:
-    """A picture's file as it is stored; an OSError says that it can't be read."""
-    return record["bytes"] if record["bytes"] is not None else Path(record["path"]).read_bytes()
+def content(record: dict[str, Any] | None) -> bytes:
+    """A picture's file as it is stored; an OSError or ValueError says why it can't be read."""
+    if record is None or (record["bytes"] is None and record["path"] is None):
+        raise ValueError("no picture in this row")
+    return record["bytes"] if record["bytes"] is not None else read_bytes(record["path"], MAX_FILE)
 
 
-def decode(record: dict[str, Any], where: str = "picture") -> Image.Image:
+def decode(record: dict[str, Any] | None, where: str = "picture", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """A whole picture as 8-bit RGB, turned as its EXIF orientation says; of several frames the first.
 
     Args:
         record: `bytes` or, where they are None, `path`, as `datasets.Image(decode=False)` gives them.
         where: split and row for the message.
+        max_pixels: that it may have.
 
     Raises:
-        BrokenPictureError: the file is missing, empty, damaged, or no picture.
+        BrokenPictureError: the file is missing, empty, damaged, too large, no regular file, or no picture.
     """
     try:
-        return _decode(record)
+        return _decode(record, max_pixels)
     except ValueError as error:
-        file = "/".join(Path(record["path"] or "").parts[-2:])  # where the data set lies is this machine's affair
-        named = f"{where}, {file}" if file else where
+        parts = Path((record or {}).get("path") or "").parts[-2:]  # where the data set lies is this machine's affair
+        named = ", ".join([where, *(["/".join(map(printable, parts))] if parts else [])])
         raise BrokenPictureError(f"{named}: {error}") from None
 
 
-def defect(record: dict[str, Any]) -> str | None:
+def defect(record: dict[str, Any] | None, max_pixels: int = MAX_PIXELS) -> str | None:
     """Why a picture can't be decoded; None if it can."""
     try:
-        _decode(record)
+        _decode(record, max_pixels)
     except ValueError as error:
         return str(error)
     return None
 
 
-def _decode(record: dict[str, Any]) -> Image.Image:
+def _decode(record: dict[str, Any] | None, max_pixels: int) -> Image.Image:
     try:
         file = content(record)
         if not file:
             raise ValueError("empty file")
-        with Image.open(io.BytesIO(file)) as image:
+        with _opened(file) as image:
+            if image.width * image.height > max_pixels:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than data.max_pixels, {max_pixels}")
+            if max(image.size) > MAX_RATIO * min(image.size):
+                raise ValueError(f"{image.width} x {image.height}: a side is more than {MAX_RATIO} times the other")
             return to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
         raise ValueError("no picture, or of an unknown format") from None
     except FileNotFoundError:
         raise ValueError("the file is not there") from None
     except Exception as error:  # decoders raise what they like
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+        said = str((isinstance(error, OSError) and error.strerror) or error)
+        said = said.removeprefix(f"{(record or {}).get('path')} ")
+        raise ValueError(" ".join(said.split()) or type(error).__name__) from None
 
 
-def decoded_size(record: dict[str, Any]) -> int:
+@contextmanager
+def _opened(file: bytes) -> Iterator[Image.Image]:
+    """A picture of which nothing but the size is decoded yet; Pillow's warnings, about sizes and odd metadata, go."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(file), formats=FORMATS) as image:
+            yield image
+
+
+def decoded_size(record: dict[str, Any] | None) -> int:
     """Bytes of a picture when it is decoded, by the first bytes of its file; 0 if they can't be read."""
     try:
-        with Image.open(io.BytesIO(content(record))) as image:
+        with _opened(content(record)) as image:
             return 3 * image.width * image.height
     except Exception:  # decoders raise what they like
         return 0

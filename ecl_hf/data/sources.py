@@ -11,10 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 from datasets.packaged_modules.parquet.parquet import Parquet
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from ecl_hf.data.config import DataConfig
-from ecl_hf.data.folders import read_class_folders
+from ecl_hf.data.folders import check_links, read_class_folders
 from ecl_hf.data.longtail import longtail_indices
 
 
@@ -28,6 +30,7 @@ class Source:
         test: pictures of the test split; None where it is to be cut from `train`.
         class_names: in label order, [C].
         published: whether it is a long-tailed benchmark whose list was checked against the published counts.
+        folders: where its picture files lie; what a table or a link names elsewhere is none of the data set.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Source:
     test: datasets.Dataset | None
     class_names: list[str]
     published: bool = False
+    folders: tuple[Path, ...] = ()
 
 
 def read_source(config: DataConfig) -> Source:
@@ -63,15 +67,21 @@ def read_in_place(config: DataConfig) -> Source | None:
     if any((root / file).is_file() for file in ("dataset_dict.json", "state.json")):
         with reading(config.path):
             saved = datasets.load_from_disk(config.path)
-        return _source(config, _wanted(saved if isinstance(saved, dict) else {config.train_split: saved}, config), {})
+        loaded = _wanted(saved if isinstance(saved, dict) else {config.train_split: saved}, config)
+        return _source(config, loaded, {}, (root,))
     if (found := read_class_folders(root, config)) is None:
         return None
     splits, class_names = found
     choose_columns(splits["train"].features, config, config.path)
-    return Source(config.path, splits["train"], splits.get("test"), class_names)
+    return Source(config.path, splits["train"], splits.get("test"), class_names, folders=(root,))
 
 
-def _source(config: DataConfig, loaded: dict[str, datasets.Dataset], stored: dict[str, list[str]]) -> Source:
+def _source(
+    config: DataConfig,
+    loaded: dict[str, datasets.Dataset],
+    stored: dict[str, list[str]],
+    folders: tuple[Path, ...],
+) -> Source:
     name = config.path or config.source
     image, label = choose_columns(loaded["train"].features, config, name)
     splits, where = {}, {"train": config.train_split, "test": config.test_split}
@@ -83,7 +93,7 @@ def _source(config: DataConfig, loaded: dict[str, datasets.Dataset], stored: dic
         own = stored.get(key) or getattr(split.features["label"], "names", None)
         labels = numbers(split, class_names, own, f"{name}, split {where[key]}, column {label}")
         splits[key] = with_labels(split, labels, class_names)
-    return Source(name, splits["train"], splits.get("test"), class_names)
+    return Source(name, splits["train"], splits.get("test"), class_names, folders=folders)
 
 
 def directory(config: DataConfig) -> Path:
@@ -114,16 +124,30 @@ def _label_column(split: datasets.Dataset) -> pa.ChunkedArray:
     return table["label"] if isinstance(table["label"], pa.ChunkedArray) else pa.chunked_array([table["label"]])
 
 
-def read_splits(config: DataConfig) -> tuple[dict[str, datasets.Dataset], dict[str, list[str]]]:
-    """What `datasets` reads: "train" and, unless `test_fraction` is set, "test"; and the `stored_names` of each."""
+def read_splits(
+    config: DataConfig,
+) -> tuple[dict[str, datasets.Dataset], dict[str, list[str]], tuple[Path, ...]]:
+    """What `datasets` reads: "train" and, unless `test_fraction` is set, "test"; `stored_names` of each; folders."""
     name = config.path or config.source
-    with reading(name):
-        builder = datasets.load_dataset_builder(str(Path(name).resolve()) if config.path else name, config.subset)
+    builder = open_builder(config)
     stored = stored_names(builder, config)
     with reading(name):
         builder.download_and_prepare()
         loaded = builder.as_dataset()
-    return _wanted(loaded, config), stored
+    folders = (Path(name),) if config.path else ()
+    if isinstance(builder, FolderBasedBuilder):  # archives are unpacked, and the Hub's files kept, in the cache
+        cache = datasets.config
+        folders += (Path(cache.DOWNLOADED_DATASETS_PATH), Path(cache.EXTRACTED_DATASETS_PATH), Path(HF_HUB_CACHE))
+    return _wanted(loaded, config), stored, folders
+
+
+def open_builder(config: DataConfig) -> datasets.DatasetBuilder:
+    """The reader of a Hub repository or local directory; ValueError names a link in which it would go in circles."""
+    name = config.path or config.source
+    if config.path:
+        check_links(Path(name))
+    with reading(name):
+        return datasets.load_dataset_builder(str(Path(name).resolve()) if config.path else name, config.subset)
 
 
 def _wanted(loaded: dict[str, datasets.Dataset], config: DataConfig) -> dict[str, datasets.Dataset]:
@@ -231,7 +255,7 @@ def numbers(split: datasets.Dataset, class_names: list[str], stored: list[str] |
         labels = pc.fill_null(pc.index_in(column, pa.array(class_names, column.type)), -1).to_numpy().astype(np.int64)
         last = "the class names"
     else:
-        labels = pc.fill_null(column, -1).to_numpy().astype(np.int64)
+        labels = whole_numbers(column, where)
         last = f"0..{len(class_names if stored is None else stored) - 1}"
     wrong = np.flatnonzero((labels < 0) | (labels >= len(class_names if stored is None else stored)))
     if len(wrong):
@@ -240,6 +264,19 @@ def numbers(split: datasets.Dataset, class_names: list[str], stored: list[str] |
     if stored is not None and stored != class_names:
         labels = np.array([class_names.index(name) for name in stored])[labels]
     return labels
+
+
+def whole_numbers(column: pa.ChunkedArray, where: str) -> np.ndarray:
+    """A column of integers of any size, [N]; what is missing becomes -1.
+
+    Raises:
+        ValueError: one of them is beyond 64 bits with a sign; the message names its row.
+    """
+    try:
+        return pc.fill_null(column.cast(pa.int64()), -1).to_numpy()
+    except pa.ArrowInvalid:
+        row = int(np.argmax(column.fill_null(0).to_numpy() > np.iinfo(np.int64).max))
+        raise ValueError(f"{where}: row {row} has label {column[row]}, which is no class number") from None
 
 
 def _digits() -> dict[str, datasets.Dataset]:

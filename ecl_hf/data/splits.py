@@ -8,8 +8,9 @@ data/*.parquet   the pictures themselves, if asked for
 
 import hashlib
 import json
+import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,11 +18,14 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets.table import embed_table_storage
 
 from ecl_hf.data.config import DataConfig
+from ecl_hf.data.pictures import content
 from ecl_hf.data.sources import Source, labels_of
+from ecl_hf.files import read_bytes, read_json
+from ecl_hf.names import printable
 
 PROTOCOL = ("profile", "imbalance_factor", "max_count", "split_seed", "test_fraction")
 """Keys of the data section that decide which pictures are taken."""
@@ -30,6 +34,9 @@ LAYOUT = ("subset", "train_split", "test_split", "image_column", "label_column")
 """Keys that say where in the source they are."""
 
 PARTS = ("train", "test")
+MAX_LIST = 1 << 30
+"""Bytes of a list of rows."""
+
 SHARD, ROW_GROUP = 5000, 100
 """Pictures of one parquet file, and of the part of it that is read at once."""
 
@@ -53,13 +60,13 @@ class Split:
         if not file.is_file():
             raise FileNotFoundError(f"{path} holds no split.json; make a split with `training/data.py build`")
         try:
-            record = json.loads(file.read_text(encoding="utf-8"))
+            record = read_json(file)
             for part in PARTS:
                 record["parts"][part]["sha256"], record["source"][part]["labels_sha256"]
             record["class_names"], record["protocol"], record["source"]["name"]
             DataConfig(**record["data"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is damaged: {error!r}") from error
+            raise ValueError(f"{file} is damaged: {error}") from error
         return cls(Path(path), record)
 
     @classmethod
@@ -83,6 +90,7 @@ class Split:
         Raises:
             FileExistsError: the directory is in use.
             FileNotFoundError: a picture that is to be copied is not there.
+            ValueError: it lies outside of the source's folders, or can't be read.
         """
         path = check_output(path)
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +101,8 @@ class Split:
             for part in PARTS:
                 (work / f"{part}_rows.txt").write_bytes(_lines(rows[part]))
                 if with_pictures:
-                    _write_parquet(work / "data", part, pictures_of(source, part).select(rows[part]))
+                    chosen = pictures_of(source, part).select(rows[part])
+                    _write_parquet(work / "data", part, chosen, source.folders)
             text = json.dumps(record, indent=1, ensure_ascii=False)
             (work / "split.json").write_text(text + "\n", encoding="utf-8")
             if path.exists():
@@ -113,10 +122,10 @@ class Split:
             file = self.path / f"{part}_rows.txt"
             if not file.is_file():
                 raise FileNotFoundError(f"{file} is missing")
-            content = file.read_bytes()
-            if hashlib.sha256(content).hexdigest() != self.record["parts"][part]["sha256"]:
+            text = read_bytes(file, MAX_LIST)
+            if hashlib.sha256(text).hexdigest() != self.record["parts"][part]["sha256"]:
                 raise ValueError(f"{file} was changed: its SHA-256 is not the one in split.json")
-            listed, images = content.split(), self.record["source"][part]["images"]
+            listed, images = text.split(), self.record["source"][part]["images"]
             if not all(line.isdigit() for line in listed):
                 raise ValueError(f"{file} has lines that are no positions")
             rows[part] = np.array(listed, np.int64)
@@ -226,17 +235,37 @@ def records(pictures: datasets.Dataset) -> Iterator[dict[str, Any]]:
         yield row["image"]
 
 
-def _write_parquet(directory: Path, part: str, pictures: datasets.Dataset) -> None:
+def _write_parquet(directory: Path, part: str, pictures: datasets.Dataset, folders: Sequence[Path]) -> None:
     """Copy pictures file by file, without decoding; of their paths the names remain."""
     directory.mkdir(exist_ok=True)
-    pictures = pictures.cast_column("image", datasets.Image())
-    shards = max(1, -(-len(pictures) // SHARD))
+    schema = pictures.cast_column("image", datasets.Image()).features.arrow_schema
+    stored = pictures.cast_column("image", datasets.Image(decode=False))
+    shards = max(1, -(-len(stored) // SHARD))
+    row = 0
     for i in range(shards):
         file = directory / f"{part}-{i:05d}-of-{shards:05d}.parquet"
-        batches = pictures.shard(shards, i, contiguous=True).with_format("arrow").iter(ROW_GROUP)
-        with pq.ParquetWriter(file, pictures.features.arrow_schema) as writer:
-            for batch in batches:
-                writer.write_table(embed_table_storage(batch))
+        with pq.ParquetWriter(file, schema) as writer:
+            for batch in stored.shard(shards, i, contiguous=True).iter(ROW_GROUP):
+                images = [_copied(image, folders, f"{part} row {row + n}") for n, image in enumerate(batch["image"])]
+                columns = {"image": pa.array(images, schema.field("image").type), "label": batch["label"]}
+                writer.write_table(pa.table([columns[name] for name in schema.names], schema=schema))
+                row += len(images)
+
+
+def _copied(record: dict[str, Any] | None, folders: Sequence[Path], where: str) -> dict[str, Any]:
+    """A picture with its file in it: a table of a stranger, or a link, may name any file of this machine."""
+    path = record["path"] if record and record["bytes"] is None else None
+    if path is not None:
+        real = os.path.realpath(path)
+        if not any(Path(real).is_relative_to(folder.resolve()) for folder in folders):
+            raise ValueError(
+                f"{where}: {printable(path, 300)} lies outside of the data set, or leads there; pictures that are to "
+                "be copied must be files in its folder"
+            )
+    try:
+        return {"bytes": content(record), "path": record and record["path"] and Path(record["path"]).name}
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _lines(numbers: np.ndarray) -> bytes:

@@ -7,20 +7,19 @@ So the order depends on (seed, epoch, process) alone, and the batches before an 
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import datasets
 import fsspec
 import numpy as np
-import pyarrow.compute as pc
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from datasets.distributed import split_dataset_by_node
 from datasets.packaged_modules.parquet.parquet import Parquet
 from torch.utils.data import DataLoader, Sampler
 
-from ecl_hf.data.config import DataConfig
+from ecl_hf.data.config import MAX_PIXELS, DataConfig
 from ecl_hf.data.loaders import OnError, collated, draw, own_generators
 from ecl_hf.data.pictures import BrokenPictureError, content, decode
 from ecl_hf.data.sources import (
@@ -28,9 +27,11 @@ from ecl_hf.data.sources import (
     choose_columns,
     labels_of,
     numbers,
+    open_builder,
     read_in_place,
     reading,
     stored_names,
+    whole_numbers,
     with_labels,
 )
 from ecl_hf.data.views import View
@@ -52,8 +53,8 @@ def open_streams(config: DataConfig) -> tuple[datasets.IterableDataset, datasets
     if source := read_in_place(config):
         return _streamed(source, config)
     name = config.path or config.source
+    builder = open_builder(config)
     with reading(name):
-        builder = datasets.load_dataset_builder(str(Path(name).resolve()) if config.path else name, config.subset)
         streams = builder.as_streaming_dataset()
     parts = {"train": config.train_split, "test": config.test_split}
     for key, split in parts.items():
@@ -107,7 +108,10 @@ def _check_counts(counts: list[int], names: list[str], name: str) -> None:
 
 
 def _rows(stream: datasets.IterableDataset) -> Iterator[dict[str, Any]]:
-    yield from stream
+    for row in stream:
+        image = row["image"]
+        there = image and (image["bytes"] is not None or image["path"] is not None)
+        yield row if there else {**row, "image": None}
 
 
 def count_labels(
@@ -118,18 +122,35 @@ def count_labels(
     names: list[str] | None,
 ) -> list[int]:
     """Training images of each class, [C]; of parquet files nothing but the label column is read."""
-    found: Counter[int | None] = Counter()
+    where = f"{config.path or config.source}, column {label}"
+    found: Counter[int] = Counter()
+    first: dict[int, int] = {}  # row in which a label comes first
+    rows = 0
+    for part in _label_parts(builder, config, stream, label):
+        values, at, counts = np.unique(whole_numbers(part, where), return_index=True, return_counts=True)
+        found.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+        first = dict(zip(values.tolist(), (rows + at).tolist(), strict=True)) | first
+        rows += len(part)
+    most = len(names) if names else rows
+    if wrong := [number for number in found if not 0 <= number < most]:
+        bound = f"0..{most - 1}" if names else f"what {rows} pictures can have"
+        row = first[wrong[0]]
+        said = "no label" if wrong[0] == -1 else f"label {wrong[0]}"
+        raise ValueError(f"{where}: row {row} has {said}, outside {bound} ({found[wrong[0]]} such rows)")
+    return [found[c] for c in range(len(names) if names else max(found) + 1)]
+
+
+def _label_parts(
+    builder: datasets.DatasetBuilder, config: DataConfig, stream: datasets.IterableDataset, label: str
+) -> Iterator[pa.ChunkedArray]:
+    """The label column, part by part."""
     if isinstance(builder, Parquet):
         for file in builder.config.data_files[config.train_split]:
             with fsspec.open(file, "rb") as opened:
-                column = pq.read_table(opened, columns=[label])[label]
-            found.update({pair["values"]: pair["counts"] for pair in pc.value_counts(column).to_pylist()})
+                yield pq.read_table(opened, columns=[label])[label]
     else:
-        found.update(row[label] for row in stream.select_columns([label]))
-    wrong = [number for number in found if number is None or number < 0 or (names and number >= len(names))]
-    if wrong:
-        raise ValueError(f"{config.path or config.source}, column {label}: {found[wrong[0]]} labels are {wrong[0]}")
-    return [found[c] for c in range(len(names) if names else max(found) + 1)]
+        for batch in stream.select_columns([label]).iter(1000):
+            yield pa.chunked_array([batch[label]])
 
 
 class StreamedViews(torch.utils.data.Dataset):
@@ -139,12 +160,16 @@ class StreamedViews(torch.utils.data.Dataset):
         views: output name -> view.
         seed: of the random augmentation, together with the picture's place in the epoch and the attribute `epoch`.
         on_error: "raise", or "replace": the next picture of the batch that can be decoded takes the place.
+        max_pixels: a picture with more counts as one that can't be decoded.
     """
 
-    def __init__(self, views: dict[str, View], seed: int = 0, on_error: OnError = "raise") -> None:
+    def __init__(
+        self, views: dict[str, View], seed: int = 0, on_error: OnError = "raise", max_pixels: int = MAX_PIXELS
+    ) -> None:
         self.views = views
         self.seed = seed
         self.on_error = on_error
+        self.max_pixels = max_pixels
         self.epoch = 0
 
     def __getitems__(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -167,10 +192,10 @@ class StreamedViews(torch.utils.data.Dataset):
     def _decode(self, image: dict[str, Any]) -> Any:
         """A picture, or what is wrong with it."""
         where = "train picture"
-        if not image["path"]:
+        if image and image["bytes"] and not image["path"]:
             where += f" with SHA-256 {hashlib.sha256(content(image)).hexdigest()[:16]}"
         try:
-            return decode(image, where)
+            return decode(image, where, self.max_pixels)
         except BrokenPictureError as error:
             if self.on_error == "raise":
                 raise

@@ -118,10 +118,10 @@ def decoded(monkeypatch):
     """How many pictures were decoded, also in other processes."""
     counter, original = multiprocessing.Value("i", 0), pictures.decode
 
-    def count(record, where):
+    def count(record, *more):
         with counter.get_lock():
             counter.value += 1
-        return original(record, where)
+        return original(record, *more)
 
     monkeypatch.setattr(loaders, "decode", count)
     return counter

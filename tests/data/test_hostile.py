@@ -1,0 +1,240 @@
+"""Data sets that a stranger made: nothing waits for ever, fills the memory or leaks; what is wrong is named."""
+
+import json
+import os
+import struct
+import warnings
+import zlib
+
+import data as data_script
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from ecl_hf.data.config import DataConfig
+from ecl_hf.data.loaders import ViewDataset
+from ecl_hf.data.longtailed import load_longtailed
+from ecl_hf.data.pictures import BrokenPictureError, decode
+from ecl_hf.data.splits import PARTS, Split
+from tests.data.test_pictures import stored
+
+ODD_FILES = {
+    "pipe": os.mkfifo,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "directory": lambda path: path.mkdir(),
+    "terabyte": lambda path: (path.touch(), os.truncate(path, 1 << 40)),
+}
+
+
+def zeros(width, height):
+    """A PNG of so many black pixels, in few bytes."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    packer = zlib.compressobj(9)
+    rows = b"".join(packer.compress(bytes(1 + width)) for _ in range(height)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def png(seed=0):
+    return stored(Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)))["bytes"]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two classes of six pictures."""
+    root = tmp_path / "photos"
+    for n in range(12):
+        file = root / "ab"[n % 2] / f"{n}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(png(n))
+    return root
+
+
+def tables(root, images=None, labels=None, kind=None):
+    """Parquet files of ten pictures each."""
+    root.mkdir()
+    images = images or [{"bytes": png(n), "path": None} for n in range(10)]
+    labels = pa.array(labels or [n % 2 for n in range(10)], kind or pa.int64())
+    image = pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value(str(labels.type))})
+    about = {"huggingface": json.dumps({"info": {"features": features.to_dict()}})}
+    for split in ("train", "test"):
+        pq.write_table(
+            pa.table({"image": image, "label": labels}).replace_schema_metadata(about), root / f"{split}-0.parquet"
+        )
+    return root
+
+
+def load(root, **more):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of few pictures
+        return load_longtailed(DataConfig(path=str(root), profile="as_is", **more))
+
+
+def own(root, **more):
+    return load(root, test_fraction=0.3, **more)
+
+
+@pytest.mark.parametrize("odd", ODD_FILES.values(), ids=ODD_FILES)
+def test_only_regular_files_are_pictures(odd, tmp_path):
+    odd(tmp_path / "x.png")
+    with pytest.raises(BrokenPictureError, match=r"^picture, .*/x\.png: "):
+        decode({"bytes": None, "path": str(tmp_path / "x.png")})
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (zeros(1, 30_000), "1 x 30000: a side is more than 100 times the other"),
+        (zeros(20_000, 10), "a side is more than 100 times"),
+        (zeros(9500, 9500), "9500 x 9500 pixels are more than data.max_pixels, 89478485"),
+        (zeros(40_000, 40_000)[:500], "Image size .1600000000 pixels. exceeds limit"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n", "of an unknown format"),
+    ],
+    ids=["tall", "wide", "large", "giant", "eps"],
+)
+def test_pictures_that_would_fill_the_memory_or_start_programs(content, said, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(BrokenPictureError, match=said):
+        decode({"bytes": content, "path": None})
+
+
+def test_pixels_may_be_bounded(folders):
+    pictures = own(folders).train
+    assert decode(stored(Image.new("RGB", (8, 8))), max_pixels=64).size == (8, 8)
+    with pytest.raises(
+        BrokenPictureError,
+        match=r"train row 0, .: 8 x 8 pixels are more than data\.max_pixels, 63".replace(", .", ", ./.*png"),
+    ):
+        ViewDataset(pictures, {}, max_pixels=63)[0]
+    with pytest.raises(ValueError, match=r"data\.max_pixels must lie in 1\.\."):
+        DataConfig(max_pixels=0)
+
+
+@pytest.mark.parametrize("target", ["photos/a", "photos", "", "/"])
+def test_links_into_the_data_set_or_above_it_are_refused(target, folders, tmp_path):
+    (folders / "a" / "more").symlink_to(tmp_path / target)
+    with pytest.raises(ValueError, match=r"photos/a/more is the same folder as .*; remove the link"):
+        own(folders)
+
+
+def test_test_pictures_do_not_come_into_training(folders):
+    for split in ("train", "test"):
+        (folders / split).mkdir()
+    for name in "ab":
+        (folders / name).rename(folders / "train" / name)
+        (folders / "test" / name).mkdir()
+        (folders / "test" / name / "x.png").write_bytes(png(ord(name)))
+    assert sum(load(folders).class_counts) == 12
+    (folders / "train" / "a" / "more").symlink_to(folders / "test" / "b")
+    with pytest.raises(ValueError, match=r"is the same folder as .*train/a/more"):
+        load(folders)
+
+
+def test_class_folder_may_lie_elsewhere(folders, tmp_path):
+    (folders / "b").rename(tmp_path / "elsewhere")
+    (folders / "b").symlink_to(tmp_path / "elsewhere")
+    (folders / "a" / "unreachable").symlink_to("unreachable")
+    assert sum(own(folders).class_counts) + len(own(folders).test) == 12
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tables_beside_a_link_upwards(streaming, tmp_path):
+    root = tables(tmp_path / "tables")
+    (root / "up").symlink_to(".")
+    with pytest.raises(ValueError, match=r"tables/up is the same folder as"):
+        load(root, label_column="label", streaming=streaming)
+
+
+def test_names_that_are_no_text_are_named(folders):
+    (folders / "a" / "x\udcff.png").write_bytes(png())
+    with pytest.raises(ValueError, match=r"the name of .*udcff.* is no UTF-8"):
+        own(folders)
+    (folders / "c\udcff").mkdir()
+    with pytest.raises(ValueError, match=r"the name of the class folder .*udcff.* is no UTF-8"):
+        own(folders)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", [pa.uint8(), pa.uint64(), pa.int16()], ids=str)
+def test_labels_of_any_integer_type(kind, streaming, tmp_path):
+    data = load(tables(tmp_path / "tables", kind=kind), label_column="label", streaming=streaming)
+    assert data.class_counts == [5, 5]
+    assert list(data.test["label"][:]) == [0, 1] * 5
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("label", [300_000_000, 2**63 + 1])
+def test_absurd_label_is_named(label, streaming, tmp_path):
+    root = tables(tmp_path / "tables", labels=[0, 1, 0, label] + [1] * 6, kind=pa.uint64())
+    with pytest.raises(ValueError, match=rf"column label.*row 3 has label {label}"):
+        load(root, label_column="label", streaming=streaming)
+
+
+@pytest.mark.parametrize("image", [None, {"bytes": None, "path": None}])
+def test_row_without_a_picture_is_named_or_skipped(image, tmp_path):
+    images = [{"bytes": png(n), "path": None} for n in range(9)] + [image]
+    pictures = load(tables(tmp_path / "tables", images), label_column="label").train
+    with pytest.raises(BrokenPictureError, match="train row 9: no picture in this row"):
+        ViewDataset(pictures, {})[9]
+    assert ViewDataset(pictures, {}, on_error="replace")[9]["labels"] == 0
+
+
+def build(root, output, *flags):
+    flags = ["--data.profile=as_is", *flags, "--pictures", f"--output={output}"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return data_script.main(["build", f"--data.path={root}", *flags])
+
+
+@pytest.fixture
+def secret(tmp_path):
+    file = tmp_path / "secret.png"
+    file.write_bytes(png(99))
+    return file
+
+
+@pytest.mark.parametrize("dots", ["", "tables/../"])
+def test_no_file_that_a_table_names_is_published(dots, secret, tmp_path):
+    images = [{"bytes": png(n), "path": None} for n in range(9)] + [
+        {"bytes": None, "path": f"{tmp_path}/{dots}secret.png"}
+    ]
+    root = tables(tmp_path / "tables", images)
+    with pytest.raises(SystemExit, match=r"^error: train row 9: .*secret\.png lies outside of the data set"):
+        build(root, tmp_path / "split", "--data.label_column=label")
+    assert not (tmp_path / "split").exists()
+
+
+def test_no_file_that_a_link_leads_to_is_published(secret, folders, tmp_path):
+    (folders / "a" / "x.png").symlink_to(secret)
+    with pytest.raises(
+        SystemExit, match=r"^error: train row \d: .*a/x\.png lies outside of the data set, or leads there"
+    ):
+        build(folders, tmp_path / "split", "--data.test_fraction=0.1")
+    (folders / "a" / "x.png").unlink()
+    (folders / "a" / "x.png").symlink_to("0.png")  # one of its own
+    split = build(folders, tmp_path / "split", "--data.test_fraction=0.1")
+    copied = [
+        row["bytes"]
+        for part in PARTS
+        for row in pq.read_table(next((split.path / "data").glob(f"{part}-*")))["image"].to_pylist()
+    ]
+    assert sorted(copied) == sorted(file.read_bytes() for file in folders.rglob("*.png"))
+
+
+def test_split_with_paths_in_place_of_pictures_is_not_pushed(secret, folders, tmp_path):
+    split = build(folders, tmp_path / "split", "--data.test_fraction=0.1")
+    [file] = (split.path / "data").glob("train-*")
+    table = pq.read_table(file)
+    images = [{"bytes": None, "path": str(secret)} for _ in range(len(table))]
+    image = pa.array(images, table.schema.field("image").type)
+    pq.write_table(table.set_column(0, table.schema.field("image"), image), file)
+    assert Split.read(split.path).has_pictures
+    with pytest.raises(SystemExit, match=r"train row 0 holds no picture"):
+        data_script.main(["push", str(split.path), "--repo_id=me/stolen"])
