@@ -8,79 +8,41 @@
 Mixed precision and devices are Accelerate's own flags (`accelerate launch --mixed_precision bf16 ...`).
 """
 
-import hashlib
-import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict
-from datetime import timedelta
+from contextlib import closing, nullcontext
 from functools import partial
-from importlib.resources import files
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import datasets
-import numpy as np
 import torch
-import transformers
-from accelerate import Accelerator, DistributedDataParallelKwargs, skip_first_batches
-from accelerate.data_loader import prepare_data_loader
+from accelerate import skip_first_batches
 from accelerate.utils import (
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    broadcast_object_list,
     gather_object,
     set_seed,
 )
-from huggingface_hub.utils import disable_progress_bars
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from timm.utils import distribute_bn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ecl_hf.data.features import FeatureDataset, feature_loader, in_batches
-from ecl_hf.data.loaders import ViewDataset, draw_seed, evaluation_loader, train_loader
-from ecl_hf.data.longtailed import load_longtailed
-from ecl_hf.data.pictures import BrokenPictureError
-from ecl_hf.data.sources import labels_of
-from ecl_hf.data.streaming import StreamedViews, StreamSampler, stream_loader
-from ecl_hf.data.views import View, contrastive_view, evaluation_view, supervised_view
+from ecl_hf.data.loaders import draw_seed
 from ecl_hf.evidence.calibration import fit_temperature
-from ecl_hf.evidence.evaluation import Predictions, predict, score
+from ecl_hf.evidence.evaluation import predict, score
 from ecl_hf.evidence.results import describe_run, report
 from ecl_hf.heads import log_prior_shift
-from ecl_hf.learning.batchnorm import load_statistics, save_statistics, synchronise_batchnorm
-from ecl_hf.learning.finite import StepCheck, check_weights
-from ecl_hf.learning.initialise import initialise_model, shared_parts
-from ecl_hf.learning.memory import checkpoint_blocks, checkpoint_experts, counted_once, keep_freed_memory
-from ecl_hf.learning.optimiser import build_optimizer, learning_rate, set_learning_rate
-from ecl_hf.learning.stages import begin_heads, check_stages, fold_heads
-from ecl_hf.learning.task import CollaborativeTask
-from ecl_hf.learning.teachers import load_teacher
-from ecl_hf.learning.tuning import (
-    FrozenEncoder,
-    check_kept_features,
-    encode,
-    read_features,
-    start_at_class_means,
-    write_features,
-)
-from ecl_hf.methods import METHODS
+from ecl_hf.learning.batchnorm import save_statistics
+from ecl_hf.learning.finite import check_weights
+from ecl_hf.learning.optimiser import set_learning_rate
+from ecl_hf.learning.stages import fold_heads
 from ecl_hf.methods.base import EpochContext, FinishContext, MixingContext, Part, Time
-from ecl_hf.publishing.hub import BackgroundUpload, check_upload, write_card
 from ecl_hf.repository import upload_directory
-from ecl_hf.runs.folder import Progress, RunFolder, describe_environment, describe_model, epoch_line, flatten
+from ecl_hf.runs.folder import RunFolder, describe_model, epoch_line
 from ecl_hf.runs.interruption import STOPPED, StopRequest, plain_errors
-from ecl_hf.runs.launch import check_launch
 from ecl_hf.runs.recipe import Recipe, prepare_flags
 from ecl_hf.runs.recipe_files import RecipeFile
-
-CARD = Path(str(files("ecl_hf.hub_cards") / "model_card.md"))
+from ecl_hf.session import Session, or_exit, refusing
 
 
 def parse(argv: Sequence[str] | None) -> tuple[Recipe, Namespace]:
@@ -108,31 +70,6 @@ def parse(argv: Sequence[str] | None) -> tuple[Recipe, Namespace]:
 def in_order(name: str) -> tuple[int, str]:
     """Key that sorts "train row 9, ..." before "train row 12, ..."."""
     return len(name.partition(",")[0]), name
-
-
-@contextmanager
-def refusing(recipe: Recipe) -> Iterator[None]:
-    """End the program with one sentence about input that does not fit."""
-    try:
-        yield
-    except BrokenPictureError as error:
-        sys.exit(
-            f"error: {error}" + ("; data.on_error skip goes on without it" if recipe.data.on_error == "raise" else "")
-        )
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
-def or_exit(batches: Iterable, recipe: Recipe) -> Iterator:
-    """The same batches; one that can't be read ends the program with the name of the picture."""
-    with refusing(recipe):
-        yield from batches
-
-
-def say(text: str) -> None:
-    """Print above a progress bar, and at once where the output goes to a file."""
-    tqdm.write(text)
-    sys.stdout.flush()
 
 
 def in_steps(batches: Iterable[dict], size: int) -> Iterator[list[dict]]:
@@ -166,293 +103,8 @@ def run_recipe(recipe: Recipe, args: Namespace) -> Path:
     return run.path
 
 
-class Training:
-    """A run: what the recipe asks for, on this process's device.
-
-    Args:
-        recipe: of the run.
-        args: the other flags.
-        run: the folder to write.
-
-    Raises:
-        ValueError: recipe, data, launch or run folder don't fit; nothing is trained or written before that is known.
-        OSError: something can't be read or written.
-    """
-
-    def __init__(self, recipe: Recipe, args: Namespace, run: RunFolder) -> None:
-        datasets.disable_progress_bars()
-        disable_progress_bars()  # of uploads, which would mix with those of the training
-        transformers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.set_verbosity_error()
-        self.recipe, self.run = recipe, run
-        self.accelerator = accelerator = self._accelerator(args)
-        self.say = say if accelerator.is_main_process else (lambda _: None)
-        if args.left_out:
-            self.say(f"{recipe.method} has no setting {', '.join(args.left_out)}: left out of the recipe")
-        self.processes = accelerator.num_processes
-        check_launch(os.environ, self.processes)
-        self.method = METHODS[recipe.method]
-        recipe.model.num_experts = self.method.num_experts(recipe.model.num_experts)
-        recipe.model.share_stages, recipe.model.share_blocks = shared_parts(recipe.model, self.method)
-        self.accumulation = recipe.train.gradient_accumulation_steps
-        self.pieces = self.processes * self.accumulation
-        if recipe.batch_size % self.pieces:
-            raise ValueError(
-                f"batch_size {recipe.batch_size} is no multiple of {self.processes} processes x "
-                f"{self.accumulation} micro-batches"
-            )
-        check_stages(
-            self.method,
-            streaming=recipe.data.streaming,
-            pieces=self.pieces,
-            teacher=recipe.model.teacher,
-            name=recipe.method,
-        )
-        self.stage_epochs = recipe.epochs_of_stages
-        run.check(recipe, args.resume, args.allow_changes)
-        with accelerator.main_process_first():
-            self.data = load_longtailed(recipe.data)
-        images = sum(self.data.class_counts)
-        if recipe.batch_size > images:
-            raise ValueError(f"batch_size {recipe.batch_size} exceeds the training split of {images} images")
-        self.steps_per_epoch = images // recipe.batch_size
-        self.total_steps = recipe.epochs * self.steps_per_epoch
-        self.last_step = min(self.total_steps, recipe.train.max_steps or self.total_steps)
-        schedules = [stage.schedule for stage in self.method.stages]
-        self.lr_factors = [learning_rate(recipe.optim, self.steps_per_epoch, schedule) for schedule in schedules]
-        for factor, epochs in zip(self.lr_factors, self.stage_epochs, strict=True):
-            factor(0, epochs * self.steps_per_epoch)
-        self.teacher = None
-        if self.method.teacher:
-            teacher = load_teacher(recipe.model.teacher, self.data.class_names, self.method.teacher)
-            self.teacher = teacher.to(accelerator.device, memory_format=torch.channels_last)
-        set_seed(recipe.seed)
-        counts, names = self.data.class_counts, self.data.class_names
-        self.model = initialise_model(recipe.model, self.method, counts, names, recipe.loss)
-        describe_model(self.model)
-        self.encoder = None
-        if recipe.model.tune == "head":
-            where = {"pretrained": recipe.model.pretrained, "streaming": recipe.data.streaming}
-            check_kept_features(self.method, recipe.method, **where)
-            self.encoder = FrozenEncoder(self.model)
-        self.train_set = self._train_set()
-        self._build(0)
-        self._save_memory()
-        self.environment = describe_environment(self.processes, accelerator.device)
-        if recipe.hub.push and accelerator.is_main_process:
-            check_upload(recipe.hub.repo_id, recipe.hub.private or None)
-        accelerator.wait_for_everyone()
-        self.checkpoint = None
-        if accelerator.is_main_process:
-            run.open(recipe, args.resume, args.allow_changes)
-            self.checkpoint = None if run.finished else run.resumable_checkpoint(self.say)
-
-    def _accelerator(self, args: Namespace) -> Accelerator:
-        accelerator = Accelerator(
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=self.recipe.train.gradient_accumulation_steps, sync_with_dataloader=False
-            ),
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=False),
-                InitProcessGroupKwargs(timeout=timedelta(minutes=self.recipe.train.timeout)),
-            ],
-            log_with=args.report_to or None,
-            project_dir=args.output_dir,
-        )
-        if absent := set(args.report_to) - {tracker.value for tracker in accelerator.log_with}:
-            raise ValueError(f"report_to: {', '.join(absent)} is not installed")
-        return accelerator
-
-    def _save_memory(self) -> None:
-        if self.recipe.train.gradient_checkpointing and self.encoder is None:
-            checkpoint_blocks(self.model)
-        if self.recipe.train.experts_one_by_one:
-            checkpoint_experts(self.model)
-        if self.accelerator.device.type == "cpu":
-            keep_freed_memory()
-
-    def _train_set(self) -> ViewDataset | StreamedViews:
-        recipe = self.recipe
-        views = {"pixel_values": self._view("supervised")}
-        on_error = "replace" if recipe.data.on_error == "skip" else "raise"
-        if recipe.data.streaming:
-            return StreamedViews(views, recipe.seed, on_error, recipe.data.max_pixels)
-        keep, most = recipe.epochs > 1 and self.encoder is None, recipe.data.max_pixels
-        return ViewDataset(self.data.train, views, recipe.seed, on_error=on_error, keep=keep, max_pixels=most)
-
-    def _view(self, name: str) -> View:
-        config, data = self.model.config.pretrained_cfg, self.recipe.data
-        if name == "contrastive":
-            return contrastive_view(config, data.horizontal_flip)
-        return supervised_view(config, data.augmentation if name == "supervised" else name, data.horizontal_flip)
-
-    def _build(self, stage: int) -> None:
-        """Make the task of a stage; the modules that train it, but for those of the stage before, are new."""
-        recipe = self.recipe
-        begin_heads(self.model, self.method.stages[stage], recipe.loss)
-        labels = None if recipe.data.streaming else torch.from_numpy(self.train_set.labels)
-        earlier = getattr(self, "plain", None)
-        tune = recipe.model.tune
-        self.plain = CollaborativeTask(self.model, self.method, recipe.loss, stage, labels, self.teacher, tune)
-        if earlier:
-            self.plain.adopt(earlier)
-        if recipe.optim.ema:
-            self.plain.keep_average(recipe.optim.ema)
-        if self.data.val is not None and self.plain.stage is self.method.stages[-1]:
-            self.plain.keep_best()
-        self.plain = self.plain.to(memory_format=torch.channels_last)
-        if recipe.train.sync_batchnorm and self.processes > 1:
-            self.plain = synchronise_batchnorm(self.plain, self.accelerator.device)
-        # Accelerate does not notice that a fused optimizer has left a step out for the loss scaler.
-        fused = self.accelerator.scaler is None
-        self.fresh_optimizer = build_optimizer(self.plain, recipe.optim, self.plain.stage, recipe.loss, fused)
-        views = {"pixel_values": self._view("supervised")}
-        if "momentum" in self.plain.stage.needs:
-            views["contrast_pixel_values"] = self._view("contrastive")
-        self.train_set.views = views | {f"view_{n}": self._view(v) for n, v in enumerate(self.plain.stage.views)}
-
-    def _prepare(self, stage: int) -> None:
-        """Bring task, optimizer and loader of a stage to the device."""
-        recipe, accelerator = self.recipe, self.accelerator
-        self.loader = self._train_loader()
-        set_seed(self._seed(stage), device_specific=True)
-        self.task, self.optimizer = accelerator.prepare(self.plain, self.fresh_optimizer)
-        if recipe.train.compile:
-            self.plain.compile_encoders()
-        repeating = recipe.train.gradient_checkpointing or recipe.train.experts_one_by_one
-        self.around_backward = partial(counted_once, self.plain) if repeating else nullcontext
-        self.undo = recipe.train.on_nonfinite == "skip"
-        self.check = StepCheck(self.plain, accelerator.reduce, gradients=accelerator.scaler is None, undo=self.undo)
-
-    def _seed(self, stage: int) -> int:
-        """The recipe's seed, and another one for each later stage."""
-        return draw_seed(self.recipe.seed, stage) if stage else self.recipe.seed
-
-    def _train_loader(self) -> DataLoader:
-        recipe, stage = self.recipe, self.plain.stage
-        sizes = (recipe.batch_size, self.pieces, recipe.data.num_workers)
-        if not recipe.data.streaming:
-            samplers = (stage.sampler, stage.partners, recipe.loss)
-            if self.encoder:
-                return self.accelerator.prepare(feature_loader(self.train_set, *sizes[:2], *samplers))
-            return self.accelerator.prepare(train_loader(self.train_set, *sizes, *samplers))
-        images = sum(self.data.class_counts)
-        share = (recipe.batch_size, self.accelerator.process_index, self.processes, recipe.data.shuffle_buffer)
-        loader = stream_loader(StreamSampler(self.train_set, self.data.train, images, *share), *sizes)
-        # Each process has its part already: Accelerate moves the batches and divides nothing.
-        return prepare_data_loader(loader, self.accelerator.device, 1, 0, put_on_device=True)
-
-    def _evaluation_loader(self, pictures: datasets.Dataset) -> DataLoader:
-        view = evaluation_view(self.model.config.pretrained_cfg)
-        on_error = "mark" if self.recipe.data.on_error == "skip" else "raise"
-        data = self.recipe.data
-        loader = evaluation_loader(pictures, view, 256, data.num_workers, on_error=on_error, max_pixels=data.max_pixels)
-        return self.accelerator.prepare(loader)
-
-    def _keep_features(self) -> None:
-        """Let the frozen encoder look at all pictures once, or read what it saw, and train on that from here on."""
-        accelerator, parts = self.accelerator, {"train": self.data.train, "val": self.data.val}
-        labels = [labels_of(pictures).tolist() for pictures in parts.values() if pictures is not None]
-        about = json.dumps([self.recipe.data.horizontal_flip, self.model.config.pretrained_cfg, labels])
-        fingerprint = hashlib.sha256(about.encode() + self.encoder.digest()).hexdigest()
-        kept = read_features(self.run.features_file, fingerprint) if accelerator.is_main_process else None
-        [there] = broadcast_object_list([kept is not None])
-        if not there:
-            started, kept = time.perf_counter(), {}
-            for part, pictures in parts.items():
-                if pictures is not None:
-                    loader = self._evaluation_loader(pictures)
-                    batches = tqdm(loader, f"features, {part}", disable=not accelerator.is_main_process, leave=False)
-                    mirrored = self.recipe.data.horizontal_flip and part == "train"
-                    with refusing(self.recipe):
-                        found = encode(self.encoder, batches, mirrored, accelerator.gather_for_metrics)
-                    kept |= {f"{part}.{name}": tensor for name, tensor in found.items()}
-            if accelerator.is_main_process:
-                write_features(self.run.features_file, kept, fingerprint)
-            images = sum(len(pictures) for pictures in parts.values() if pictures is not None)
-            self.say(f"features of {images} pictures: {time.perf_counter() - started:.1f} s; kept in the run folder")
-        elif not accelerator.is_main_process:
-            kept = read_features(self.run.features_file, fingerprint)
-        pictures, views = self.train_set, self.train_set.views
-        with refusing(self.recipe):
-            self.train_set = FeatureDataset(
-                kept["train.features"], pictures.labels, kept["train.there"], self.recipe.seed
-            )
-        self.train_set.views = views
-        broken = torch.nonzero(~kept["train.there"])[:, 0].tolist()
-        self.progress.broken = pictures.defects(broken)
-        self.kept = kept
-
-    def _start_heads(self) -> None:
-        """Give the heads of a new stage the class means to start from, if the recipe asks for them."""
-        if self.recipe.model.head_init == "class_means" and not self.recipe.data.streaming:
-            labels, _, features = self._predict_training_set(self.model)
-            heads = [[expert.head for expert in self.model.experts], self.plain.references or []]
-            for head, vectors in ((head, features[:, k]) for part in heads for k, head in enumerate(part)):
-                start_at_class_means(head, vectors, labels)
-            if self.plain.average is not None:
-                self.plain.average.set(self.model)
-
-    def restore(self) -> None:
-        """Begin the first stage, or the one of the checkpoint if there is one, as it stood there."""
-        recipe, accelerator = self.recipe, self.accelerator
-        self.add_card = partial(
-            write_card,
-            template=CARD,
-            config=self.model.config,
-            repo_id=recipe.hub.repo_id,
-            license=recipe.hub.license,
-        )
-        self.upload = None
-        if recipe.hub.every and accelerator.is_main_process:
-            self.upload = BackgroundUpload(recipe.hub.repo_id, say)
-        accelerator.init_trackers("ecl_hf", {key: str(value) for key, value in flatten(asdict(recipe)).items()})
-        [checkpoint] = broadcast_object_list([self.checkpoint])
-        self.progress = Progress(commit=self.environment["commit"])
-        try:
-            if checkpoint:
-                self.progress = self.run.read_progress(checkpoint)
-                for stage in range(1, self.progress.stage + 1):
-                    fold_heads(self.model)
-                    self._build(stage)
-            if self.encoder:
-                self._keep_features()
-            self._prepare(self.progress.stage)
-            if not checkpoint:
-                self._start_heads()
-            else:
-                groups = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
-                accelerator.load_state(checkpoint)
-                load_statistics(self.plain, checkpoint, accelerator.process_index)
-                for group, own in zip(self.optimizer.param_groups, groups, strict=True):
-                    group.update(own)
-        except Exception as error:  # of whatever wrote or reads it
-            if not checkpoint:
-                raise
-            sys.exit(f"error: {checkpoint} does not fit this recipe and version: {error}")
-        counts = self.data.class_counts
-        self.say(
-            f"{recipe.method}: {len(self.model.experts)} x {recipe.model.architecture}, {sum(counts)} training "
-            f"images, {len(counts)} classes of {max(counts)} to {min(counts)}, {self.processes} process(es) on "
-            f"{accelerator.device.type}"
-        )
-        if checkpoint:
-            self.say(f"continuing after step {self.progress.step}")
-
-    @property
-    def complete(self) -> bool:
-        """Whether all epochs are trained, or as many as made the model better."""
-        return self.progress.step == self.total_steps or self.progress.ended
-
-    @property
-    def first_epoch(self) -> int:
-        """Of the running stage, in the run."""
-        return sum(self.stage_epochs[: self.progress.stage])
-
-    @property
-    def end_of_stage(self) -> int:
-        """Step of the run at which the running stage, or the whole run, ends."""
-        return min(self.last_step, sum(self.stage_epochs[: self.progress.stage + 1]) * self.steps_per_epoch)
+class Training(Session):
+    """The loop over a method's stages, epochs and steps."""
 
     @property
     def lr(self) -> float:
@@ -599,31 +251,6 @@ class Training:
         for part in parts:
             getattr(part, hook)(EpochContext(**self._context(), time=self.plain.time, teacher=self._teacher_predicts))
 
-    def _context(self) -> dict[str, Any]:
-        counts = torch.tensor(self.data.class_counts)
-        predicts = partial(self._predict_training_set, self.model)
-        return {"model": self.model, "settings": self.recipe.loss, "class_counts": counts, "predict": predicts}
-
-    def _teacher_predicts(self) -> tuple[torch.Tensor, ...]:
-        return self._predict_training_set(self.teacher)
-
-    def _predict_training_set(self, model: torch.nn.Module) -> tuple[torch.Tensor, ...]:
-        """Labels [N], logits [N, K, C] and features [N, K, D] in the evaluation view, the same in every process."""
-        found = self._predict("train", model)
-        self.task.train()
-        return found.labels, found.expert_logits, found.features
-
-    def _predict(self, part: str, model: torch.nn.Module) -> Predictions:
-        """What a model makes of the training or validation pictures in the evaluation view."""
-        if self.encoder:
-            labels = torch.from_numpy(labels_of(getattr(self.data, part)))
-            labels = torch.where(self.kept[f"{part}.there"], labels, -1)
-            batches = in_batches(self.kept[f"{part}.features"][0], labels)
-            batches = ({name: value.to(self.accelerator.device) for name, value in batch.items()} for batch in batches)
-            return predict(model, batches, with_features=True, with_flip=False)
-        loader = or_exit(self._evaluation_loader(getattr(self.data, part)), self.recipe)
-        return predict(model, loader, self.accelerator.gather_for_metrics, with_features=True, with_flip=False)
-
     def _validate(self) -> dict[str, float]:
         """Scores on the validation pictures; remembers the model of the best epoch of the last stage."""
         progress, best = self.progress, self.plain.best
@@ -644,10 +271,6 @@ class Training:
         found, config = self._predict("val", self.model), self.model.config
         shift = log_prior_shift([max(n, 1) for n in self.data.class_counts], self.model.carried_prior())
         config.temperature *= fit_temperature(found.ensemble_logits, found.labels, shift)
-
-    def _picture_weights(self) -> np.ndarray | None:
-        weights = [part.picture_weights for part in self.plain.parts.values() if part.picture_weights is not None]
-        return weights[0].double().cpu().numpy() if weights else None
 
     def _log(self, bar: tqdm, validation: dict[str, float]) -> None:
         images = self.recipe.batch_size // self.accumulation
