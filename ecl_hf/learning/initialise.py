@@ -37,9 +37,10 @@ def initialise_model(
     num_experts = method.num_experts(config.num_experts)
     stages, blocks = shared_parts(config, method)
     head = method.head or HeadKind(config.classifier, config.classifier_scale)
+    counts = torch.tensor(class_counts, dtype=torch.float64).clamp_min(1)
     prior = method.logit_prior
     if callable(prior):
-        prior = prior(torch.tensor(class_counts, dtype=torch.float64).clamp_min(1), settings, num_experts)
+        prior = prior(counts, settings, num_experts)
         prior = prior.tolist() if prior.max() - prior.min() > 1e-9 else "uniform"
     with torch.device("meta"):  # no weights, and no random numbers
         width = create_encoder(config.architecture, **model_args).head_hidden_size if head.neck else 0
@@ -49,6 +50,7 @@ def initialise_model(
             num_experts=num_experts,
             share_stages=stages,
             share_blocks=blocks,
+            aggregation=method.aggregation(counts, settings, num_experts) if method.aggregation else "mean",
             classifier=head.kind,
             classifier_scale=head.scale,
             classifier_bias=head.bias,

@@ -59,7 +59,8 @@ def parameter_groups(task: nn.Module, config: OptimConfig, stage: Stage, setting
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, weight in task.named_parameters():
         if weight.requires_grad:
-            scale = scales.get(id(weight), 1.0) * (stage.lr_factor(name, settings) if stage.lr_factor else 1.0)
+            own = stage.lr_factor(name, settings, task.model) if stage.lr_factor else 1.0
+            scale = scales.get(id(weight), 1.0) * own
             key = (0.0 if id(weight) in without else decay, scale)
             group = groups.setdefault(key, {"params": [], "weight_decay": key[0], "lr_scale": key[1]})
             group["params"].append(weight)

@@ -1,5 +1,7 @@
 """The collaborative task: an ensemble, and whatever exists only to train it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -101,6 +103,17 @@ class CollaborativeTask(nn.Module):
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError(f"stage {self.stage.name!r} trains no parameter of this model")
 
+    @contextmanager
+    def _trunk_learns(self) -> Iterator[None]:
+        """Within, gradient reaches what the experts share from those experts only that the stage names."""
+        others = self.model.experts[1:] if self.stage.trunk_from == "first" else ()
+        hooks = [expert.register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(),)) for expert in others]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def train(self, mode: bool = True) -> "CollaborativeTask":
         """Training mode for what the stage trains; encoders and heads that stay are in evaluation mode."""
         super().train(mode)
@@ -167,7 +180,8 @@ class CollaborativeTask(nn.Module):
         elif "maps" in self.stage.needs:
             logits, features, maps = self._run_with_maps(pixel_values)
         else:
-            output = self.model(inputs[0] if len(inputs) == 1 else torch.cat(inputs), output_features=True)
+            with self._trunk_learns():
+                output = self.model(inputs[0] if len(inputs) == 1 else torch.cat(inputs), output_features=True)
             logits, features = output.expert_logits.transpose(0, 1), output.features.transpose(0, 1)
             if len(inputs) > 1:
                 pairs = zip(logits.split(len(labels), dim=1), features.split(len(labels), dim=1), strict=True)
@@ -203,6 +217,7 @@ class CollaborativeTask(nn.Module):
                 partner_labels=partner_labels,
                 teacher=taught,
                 heads=tuple(expert.head for expert in self.model.experts),
+                router=self.model.router,
                 parts=dict(self.parts.items()),
             )
             counts = (None, None) if label_counts is None else label_counts.unbind()
@@ -303,7 +318,8 @@ def mean_loss(
         return value if share is None else share * value
     losses = value.losses if share is None else share * value.losses
     if value.class_weights is None:
-        return losses.mean()
+        return losses.mean(-1).sum()
     weights = value.class_weights.to(losses)
-    total = weights[labels].sum() if label_counts is None else (weights * label_counts).sum()
-    return (weights[labels] * losses).sum() / total
+    of_images = weights[..., labels]
+    total = of_images.sum(-1) if label_counts is None else (weights * label_counts).sum(-1)
+    return ((of_images * losses).sum(-1) / total.clamp_min(torch.finfo(total.dtype).tiny)).sum()

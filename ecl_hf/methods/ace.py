@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 from ecl_hf.losses import cross_entropies, full_precision
+from ecl_hf.methods.base import FinishContext, HeadKind, Method, PerImage, Stage, TaskOutputs, Term
+from ecl_hf.methods.settings import Settings
+from ecl_hf.modeling_ecl import ECLForImageClassification
 
 
 def nested_class_sets(class_counts: Tensor, num_experts: int) -> Tensor:
@@ -52,9 +55,41 @@ def complementary_losses(expert_logits: Tensor, labels: Tensor, class_sets: Tens
     return (cross_entropy + pull) * class_sets[:, labels]
 
 
-def mean_over_known(losses: Tensor, class_sets: Tensor, labels: Tensor) -> Tensor:
-    """Each expert's mean over the images that it knows, summed over the experts; [K, B], [K, C], [B] -> [].
+def _supervision(out: TaskOutputs, settings: Settings) -> PerImage:  # noqa: ARG001
+    sets = nested_class_sets(out.class_counts, len(out.cls_logits))
+    return PerImage(complementary_losses(out.cls_logits, out.labels, sets), sets.float())
 
-    An expert without an image in the batch adds 0.
-    """
-    return (losses.sum(-1) / class_sets[:, labels].sum(-1).clamp_min(1)).sum()
+
+def share_of_images(name: str, settings: Settings, model: ECLForImageClassification) -> float:  # noqa: ARG001
+    """Factor on the learning rate of an expert's parameters: the share of the images whose class it knows."""
+    if not name.startswith("model.experts."):
+        return 1.0
+    counts = torch.tensor(model.config.class_counts)
+    known = nested_class_sets(counts, len(model.experts))[int(name.split(".")[2])]
+    return (counts[known].sum() / counts.sum()).item()
+
+
+def scale_heads(context: FinishContext) -> None:
+    """Bring all experts' logits to the scale of the first one's: heads times `|W_1| / |W_k|`."""
+    heads = [expert.head for expert in context.model.experts]
+    with torch.no_grad():
+        for head in heads:
+            factor = heads[0].weight.norm() / head.weight.norm()
+            head.weight.mul_(factor)
+            head.bias.mul_(factor)
+
+
+def _known(class_counts: Tensor, settings: Settings, num_experts: int) -> list[list[int]]:  # noqa: ARG001
+    return nested_class_sets(class_counts, num_experts).int().tolist()
+
+
+SUPERVISION = Term("supervision", _supervision)
+
+METHODS = {
+    "ace": Method(
+        (Stage((SUPERVISION,), lr_factor=share_of_images, trunk_from="first"),),
+        head=HeadKind("linear"),
+        finish=(scale_heads,),
+        aggregation=_known,
+    )
+}

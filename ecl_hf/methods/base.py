@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ecl_hf.aggregation import Aggregation
 from ecl_hf.checks import require
 from ecl_hf.data.samplers import Sampler, instance
 from ecl_hf.methods.settings import Settings
@@ -67,6 +68,7 @@ class TaskOutputs:
         partner_labels: its labels, [B].
         teacher: outputs of the frozen teacher for the same input, [J, B, C] and [J, B, D]; no gradient.
         heads: the experts' classification heads.
+        router: the ensemble's, where it has one.
         parts: train-only module of each term that has one, by the term's name.
     """
 
@@ -88,6 +90,7 @@ class TaskOutputs:
     partner_labels: Tensor | None = None
     teacher: ViewOutputs | None = None
     heads: tuple[nn.Module, ...] = ()
+    router: nn.Module | None = None
     parts: Mapping[str, nn.Module] = field(default_factory=dict)
 
     @property
@@ -103,8 +106,8 @@ class PerImage:
     The task takes the mean, so that it is that of the whole optimiser step: of all processes and micro-batches.
 
     Attributes:
-        losses: [B].
-        class_weights: w, [C]; all ones when None.
+        losses: [B]; or [M, B], several such means, which are added.
+        class_weights: w, [C], or [M, C]; all ones when None. A mean without any weight in the step is 0.
     """
 
     losses: Tensor
@@ -294,7 +297,8 @@ class Stage:
         share: of the recipe's epochs.
         lr: factor on the recipe's learning rate.
         schedule: another course of the learning rate than the recipe's, without its warm-up; None for the recipe's.
-        lr_factor: a factor of its own for each parameter, by name and settings.
+        lr_factor: a factor of its own for each parameter, by name, settings and the ensemble.
+        trunk_from: whose gradient reaches the stages that the experts share.
         weight_decay: another one than the recipe's, from the settings.
     """
 
@@ -310,7 +314,8 @@ class Stage:
     share: float = 1.0
     lr: float = 1.0
     schedule: Literal["cosine", "step", "constant"] | None = None
-    lr_factor: Callable[[str, Any], float] | None = None
+    lr_factor: Callable[[str, Any, ECLForImageClassification], float] | None = None
+    trunk_from: Literal["all", "first"] = "all"
     weight_decay: Callable[[Any], float] | None = None
 
     def __post_init__(self) -> None:
@@ -389,6 +394,8 @@ class Method:
         experts: how many it is made for.
         teacher: method whose finished model is asked for.
         finish: rewrites the heads after the last stage; can be repeated.
+        aggregation: how the experts' logits make the ensemble's, from class counts [C], settings and K; their mean when
+            None. See `ECLConfig`.
         logit_prior: class prior that the published raw logits carry: `uniform`, `train`, or log priors [C] from class
             counts [C], settings and K; see `ECLConfig`.
     """
@@ -399,6 +406,7 @@ class Method:
     experts: Experts = Experts()
     teacher: str | None = None
     finish: tuple[Finish, ...] = ()
+    aggregation: Callable[[Tensor, Any, int], Aggregation] | None = None
     logit_prior: Literal["uniform", "train"] | Callable[[Tensor, Any, int], Tensor] = "uniform"
 
     def __post_init__(self) -> None:

@@ -159,7 +159,8 @@ METHODS: dict[str, Method] = {
     "bkt_cpt": _method(SUPERVISION, REFERENCE, BALANCED, CONTRASTIVE),
     "fld_cpt": _method(SUPERVISION, FEATURE, CONTRASTIVE),
     "ecl": _method(SUPERVISION, REFERENCE, BALANCED, FEATURE, CONTRASTIVE),
-    # NCL as published, with its contrastive branch
+    # NCL as published, without and with its contrastive branch
+    "ncl_plain": _method(NESTED_SUPERVISION, NESTED_DISTILLATION),
     "ncl": _method(NESTED_SUPERVISION, NESTED_DISTILLATION, CONTRASTIVE),
     # Controls
     "kd": _method(SUPERVISION, UNWEIGHTED),

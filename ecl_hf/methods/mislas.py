@@ -18,7 +18,7 @@ ImageNet-LT 52.7 and iNaturalist 2018 71.6 with ResNet-50.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -114,7 +114,7 @@ def _smoothed(out: TaskOutputs, settings: MiSLASSettings) -> PerImage:
     return PerImage(torch.stack([label_aware_smoothing(z, out.labels, smoothing) for z in out.cls_logits]).mean(0))
 
 
-def _lr_factor(name: str, settings: MiSLASSettings) -> float:
+def _lr_factor(name: str, settings: MiSLASSettings, _: Any) -> float:
     return 1.0 if name.endswith(".scales") else settings.classifier_lr
 
 

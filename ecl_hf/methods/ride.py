@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ecl_hf.checks import require
+from ecl_hf.data.samplers import class_balanced
 from ecl_hf.losses import (
     cross_entropies,
     effective_number_weights,
@@ -34,7 +35,7 @@ from ecl_hf.losses import (
     pairwise_kl,
     soft_label_losses,
 )
-from ecl_hf.methods.base import HeadKind, Method, PerImage, Stage, TaskOutputs, Term
+from ecl_hf.methods.base import Experts, HeadKind, Method, PerImage, Stage, TaskOutputs, Term, Trains
 from ecl_hf.methods.ldam import LDAMDRWSettings, ldam_margins, unit_rows
 
 
@@ -68,6 +69,27 @@ class RIDEDistilledSettings(RIDESettings):
         super().__post_init__()
         require(self.distillation >= 0, f"loss.distillation must not be negative, got {self.distillation}")
         require(self.temperature > 0, f"loss.temperature must be positive, got {self.temperature}")
+
+
+@dataclass(kw_only=True)
+class RIDERoutedSettings(RIDESettings):
+    """Of the router, too."""
+
+    choices: int = 30
+    """Largest logits that the router sees; all where there are fewer classes. Published 50 for more than 100."""
+    router_width: int = 16
+    """To which it reduces the features."""
+    positive_weight: float = 100.0
+    """Weight of images that need one more expert."""
+    threshold: float = 0.5
+    """Probability above which one more expert is asked."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("choices", "router_width"):
+            require(getattr(self, name) >= 1, f"loss.{name} must be at least 1, got {getattr(self, name)}")
+        require(self.positive_weight > 0, f"loss.positive_weight must be positive, got {self.positive_weight}")
+        require(0 <= self.threshold <= 1, f"loss.threshold must lie in 0..1, got {self.threshold}")
 
 
 def diversity_temperatures(class_counts: Tensor, spread: float) -> Tensor:
@@ -161,6 +183,16 @@ def _distillation(out: TaskOutputs, settings: RIDEDistilledSettings) -> PerImage
     return PerImage(soft_label_losses(logits.mean(0), out.teacher.logits.mean(0), settings.temperature))
 
 
+def _routing(out: TaskOutputs, settings: RIDERoutedSettings) -> PerImage:
+    scores = out.router(out.features.transpose(0, 1).float(), out.cls_logits.transpose(0, 1).float())
+    return PerImage(routing_losses(scores.T, routing_targets(out.cls_logits, out.labels), settings.positive_weight))
+
+
+def _router(class_counts: Tensor, settings: RIDERoutedSettings, _: int) -> dict[str, float]:
+    choices = min(settings.choices, len(class_counts))
+    return {"choices": choices, "width": settings.router_width, "threshold": settings.threshold}
+
+
 SUPERVISION = Term("supervision", _supervision, two_labels=True)
 DIVERSITY = Term("diversity", _diversity, "diversity")
 # As published, the distilled experts' whole loss is added up over the experts once more
@@ -174,9 +206,22 @@ DISTILLED = (
         needs=frozenset({"teacher"}),
     ),
 )
+ROUTING = Term("routing", _routing)
 HEAD = HeadKind("cosine", scale=30.0, bias=False)
+ROUTER = Trains(lambda name: name.startswith("model.router."))
+EXPERTS = Trains(lambda name: not name.startswith("model.router."))
 
 METHODS = {
     "ride": Method((Stage((SUPERVISION, DIVERSITY), heads=unit_rows),), RIDESettings, head=HEAD),
     "ride_distilled": Method((Stage(DISTILLED, heads=unit_rows),), RIDEDistilledSettings, head=HEAD, teacher="ride"),
+    "ride_routed": Method(
+        (
+            Stage((SUPERVISION, DIVERSITY), "experts", trains=EXPERTS, heads=unit_rows, share=200 / 205),
+            Stage((ROUTING,), "router", class_balanced(), trains=ROUTER, share=5 / 205, lr=0.1, schedule="cosine"),
+        ),
+        RIDERoutedSettings,
+        head=HEAD,
+        experts=Experts(3, least=2),
+        aggregation=_router,
+    ),
 }

@@ -215,7 +215,7 @@ def test_sgd_is_textbook_sgd_by_groups(nesterov):
         (SUPERVISION,),
         lr=0.5,
         weight_decay=lambda settings: 0.02,  # noqa: ARG005
-        lr_factor=lambda name, settings: 0.1 if ".backbone." in name else 1.0,  # noqa: ARG005
+        lr_factor=lambda name, settings, model: 0.1 if ".backbone." in name else 1.0,  # noqa: ARG005
     )
     task = build(stage, num_experts=1)
     config = OptimConfig(lr=0.2, momentum=0.8, nesterov=nesterov, no_decay=["norm", "head"])

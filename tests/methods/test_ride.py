@@ -5,9 +5,13 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.aggregation import ExpertRouter, combine, routed_weights
+from ecl_hf.learning.config import OptimConfig
+from ecl_hf.learning.optimiser import build_optimizer
+from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.losses import effective_number_weights, soft_label_losses, weighted_mean
-from ecl_hf.methods import ride
+from ecl_hf.methods import METHODS, ride
 from ecl_hf.methods.ldam import ldam_margins
 from tests.methods.comparing import agrees, tensors
 
@@ -163,3 +167,22 @@ def test_routing_loss_by_loop():
         for pairs in ([*zip(s, t, strict=True)] for s, t in zip(scores.T, targets.T, strict=True))
     ]
     assert_close(ride.routing_losses(scores, targets, 100.0), torch.stack(rows))
+
+
+def test_only_the_router_moves_in_its_stage():
+    config = ECLConfig(
+        architecture="resnet20_cifar",
+        num_experts=3,
+        share_stages=1,
+        class_counts=[9, 5, 2],
+        aggregation={"choices": 3, "width": 4, "threshold": 0.5},
+    )
+    task = CollaborativeTask(ECLForImageClassification(config), METHODS["ride_routed"], stage=1).train()
+    before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    optimizer = build_optimizer(task, OptimConfig(lr=0.5), task.stage, task.settings, fused=False)
+    task(torch.randn(6, 3, 16, 16), torch.tensor([0, 1, 2, 0, 1, 2]))["loss"].backward()
+    optimizer.step()
+    after = task.model.state_dict()
+    moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert {"router.decide.weight", "router.reduce.0.weight", "router.reduce.1.weight"} <= moved
+    assert all(name.startswith("router.") for name in moved)
