@@ -87,7 +87,9 @@ def test_every_method_trains_and_exports_only_what_inference_needs(method, tmp_p
     assert not results["finished"]
     assert results["machine"]["processes"] == 1
     parts = [key.split(".") for key in weights(run)]
-    assert all(key[0] == "router" or key[:2] == ["trunk", "backbone"] or key[2] in ("backbone", "head") for key in parts)
+    assert all(
+        key[0] == "router" or key[:2] == ["trunk", "backbone"] or key[2] in ("backbone", "head") for key in parts
+    )
     model = ECLForImageClassification.from_pretrained(run / "model")
     assert len(model.experts) == experts
     assert model.config.class_counts == results["class_counts"]
