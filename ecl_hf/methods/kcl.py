@@ -101,7 +101,7 @@ def classifier_stage(share: float) -> Stage:
         trains=HEADS,
         heads="new",
         share=share,
-        lr_factor=lambda name, settings: settings.classifier_lr,  # noqa: ARG005
+        lr_factor=lambda name, settings, model: settings.classifier_lr,  # noqa: ARG005
         weight_decay=lambda _: 0.0,
     )
 
