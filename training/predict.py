@@ -1,27 +1,114 @@
 """Classify pictures with an exported model, through the image-classification pipeline.
 
 python training/predict.py --model runs/quickstart/model picture.png ...
+python training/predict.py --model runs/photos/model folder 'site_*/*.jpg' --output answers.csv --estimate_prior
 python training/predict.py --run runs/quickstart          # some pictures of the run's own test split
 """
 
-from collections.abc import Sequence
+import csv
+import glob
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
+import torch
 import transformers
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 from PIL import Image
+from tqdm import tqdm
 
 from ecl_hf import ECLForImageClassification
+from ecl_hf.data.folders import PICTURES
 from ecl_hf.data.longtailed import load_longtailed
-from ecl_hf.data.pictures import decode
+from ecl_hf.data.pictures import BrokenPictureError, decode
+from ecl_hf.evidence.calibration import estimate_prior
 from ecl_hf.names import printable
 from ecl_hf.pipeline import ECLImageClassificationPipeline
-from ecl_hf.runs.folder import RunFolder
+from ecl_hf.runs.folder import RunFolder, write_atomically
 from ecl_hf.runs.recipe import Recipe
 from ecl_hf.terminal import refusing
+
+BATCH = 32
+Answer = list[dict[str, str | float]]
+Picture = tuple[str, Image.Image]
+
+
+def find_pictures(names: Sequence[str]) -> list[Path]:
+    """Picture files: those that are named, all in the folders that are named and below, and what a glob finds.
+
+    Raises:
+        FileNotFoundError: a name stands for nothing.
+    """
+    found: list[Path] = []
+    for name in names:
+        if Path(name).is_dir():
+            inside = (path for path in sorted(Path(name).rglob("*")) if path.suffix.lower() in PICTURES)
+            new = [path for path in inside if path.is_file()]
+        else:
+            matches = map(Path, sorted(glob.glob(name, recursive=True)))  # noqa: PTH207 (it may be absolute)
+            new = [Path(name)] if Path(name).is_file() else [path for path in matches if path.is_file()]
+        if not new:
+            raise FileNotFoundError(f"{name} is no picture, and no folder or pattern with pictures")
+        found += new
+    return list(dict.fromkeys(found))
+
+
+def readable(paths: Sequence[Path], broken: list[str]) -> Iterator[Picture]:
+    """Decoded pictures with their paths, one after the other; what is wrong with the others goes into `broken`."""
+    for path in paths:
+        try:
+            yield str(path), decode({"bytes": None, "path": str(path)})
+        except BrokenPictureError as error:
+            broken.append(str(error).replace("picture, ", "", 1))
+
+
+def in_batches(pictures: Iterable[Picture]) -> Iterator[list[Picture]]:
+    """A few pictures at a time, so that a large folder needs no memory."""
+    pictures = iter(pictures)
+    while batch := list(islice(pictures, BATCH)):
+        yield batch
+
+
+@torch.no_grad()
+def frequencies(classify: ECLImageClassificationPipeline, pictures: Iterable[Picture]) -> list[float]:
+    """Class frequencies of unlabelled pictures, [C] (`estimate_prior`); ValueError without the model's class counts."""
+    model = classify.model
+    if (counts := model.config.class_counts) is None:
+        raise ValueError("--estimate_prior needs a model that knows the class counts of its training pictures")
+    parts = []
+    for batch in in_batches(pictures):
+        pixels = classify.image_processor([image for _, image in batch], return_tensors="pt")["pixel_values"]
+        parts.append(model(pixels.to(model.device, model.dtype), target_prior=counts).logits.double().softmax(-1).cpu())
+    return estimate_prior(torch.cat(parts or [torch.zeros(0, len(counts))]), torch.tensor(counts)).tolist()
+
+
+def write_answers(file: Path, names: Sequence[str], answers: Sequence[Answer]) -> None:
+    """Write a row (CSV) or an entry (JSON) for each picture: path, classes with confidences, disagreement."""
+    if file.suffix == ".json":
+        entries: list[dict[str, Any]] = [
+            {
+                "path": name,
+                "classes": [{key: answer[key] for key in ("label", "score")} for answer in best],
+                **{key: best[0][key] for key in ("disagreement",) if key in best[0]},
+            }
+            for name, best in zip(names, answers, strict=True)
+        ]
+        write_atomically(file, json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
+        return
+    places = range(1, max(map(len, answers), default=0) + 1)
+    rows = [["path", *(f"{what}_{n}" for n in places for what in ("class", "confidence")), "disagreement"]]
+    for name, best in zip(names, answers, strict=True):
+        cells = [cell for answer in best for cell in (answer["label"], f"{answer['score']:.6f}")]
+        rows.append([name, *cells, f"{best[0]['disagreement']:.6f}"])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_atomically(file, text.getvalue())
 
 
 def test_pictures(run: RunFolder, how_many: int) -> list[tuple[str, Image.Image]]:
@@ -39,7 +126,7 @@ def test_pictures(run: RunFolder, how_many: int) -> list[tuple[str, Image.Image]
 def main(argv: Sequence[str] | None = None) -> list[list[dict[str, str | float]]]:
     """Print and return the best classes of each picture with their probabilities."""
     parser = ArgumentParser(prog="predict.py", description=__doc__.split("\n")[0])
-    parser.add_argument("images", type=Path, nargs="*", help="Picture files")
+    parser.add_argument("images", type=str, nargs="*", help="Picture files, folders, or patterns such as 'a/**/*.jpg'")
     parser.add_argument("--model", type=str | None, help="Directory or Hub repository of the model")
     parser.add_argument(
         "--run", type=Path | None, help="Run folder: its model, and its test pictures if none are given"
@@ -48,30 +135,57 @@ def main(argv: Sequence[str] | None = None) -> list[list[dict[str, str | float]]
     parser.add_argument("--flip", action="store_true", help="Average the logits of each picture and its mirror image")
     parser.add_argument("--disagreement", action="store_true", help="Also print how much the experts differ, in nats")
     parser.add_argument("--how_many", type=PositiveInt, default=8, help="Test pictures to classify")
+    parser.add_argument("--output", type=Path | None, help="Write all answers to this .csv or .json file")
+    parser.add_argument(
+        "--estimate_prior", action="store_true", help="Find the class frequencies of the pictures, and answer with them"
+    )
     args = parser.parse_args(argv)
+    if args.output and args.output.suffix not in (".csv", ".json"):
+        parser.error(f"output {args.output} must end in .csv or .json")
     if args.run is None and (args.model is None or not args.images):
         parser.error("give --run, or --model with picture files")
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
 
+    broken: list[str] = []
     with refusing():
         if args.images:
-            pictures = [(str(path), decode({"bytes": None, "path": str(path)})) for path in args.images]
+            paths = find_pictures(args.images)
         else:
-            pictures = test_pictures(RunFolder(args.run), args.how_many)
+            shown = test_pictures(RunFolder(args.run), args.how_many)
         source = args.model or RunFolder(args.run).model
         model = ECLForImageClassification.from_pretrained(source).eval()
         # By the configuration, which was checked; a repository's file for the processor could say anything
         processor = transformers.TimmWrapperImageProcessor(model.config.pretrained_cfg, model.config.architecture)
         classify = ECLImageClassificationPipeline(model=model, image_processor=processor)
-    wanted = {"top_k": args.top_k, "flip": args.flip, "disagreement": args.disagreement}
-    answers = classify([picture for _, picture in pictures], batch_size=32, **wanted)
-    print(f"\n{'picture':24}prediction of {source}")
-    for (name, _), best in zip(pictures, answers, strict=True):
-        differ = f"  disagreement {best[0]['disagreement']:.3f}" if args.disagreement else ""
-        classes = "  ".join(f"{printable(answer['label'])} {answer['score']:.2f}" for answer in best)
-        print(f"{printable(name, 300):24}" + classes + differ)
+        wanted = {"top_k": args.top_k, "flip": args.flip, "disagreement": args.disagreement or args.output is not None}
+        if args.estimate_prior:
+            prior = frequencies(classify, readable(paths, []) if args.images else shown)
+            wanted["target_prior"] = prior
+            order = np.argsort(prior)[::-1].tolist()
+            found = (f"{printable(model.config.id2label[c])} {100 * prior[c]:.1f} %" for c in order[:20])
+            print("estimated class frequencies: " + ", ".join(found) + (", ..." if len(prior) > 20 else ""))
+        names: list[str] = []
+        answers: list[Answer] = []
+        with tqdm(total=len(paths) if args.images else len(shown), unit="picture", leave=False) as bar:
+            for batch in in_batches(readable(paths, broken) if args.images else shown):
+                names += [name for name, _ in batch]
+                answers += classify([picture for _, picture in batch], batch_size=BATCH, **wanted)
+                bar.update(len(names) + len(broken) - bar.n)
+        if not answers:
+            raise ValueError("none of the pictures can be decoded: " + "; ".join(broken[:10]))
+        if args.output:
+            write_answers(args.output, names, answers)
+            print(f"{args.output}: {len(answers)} pictures")
+    if not args.output:
+        print(f"\n{'picture':24}prediction of {source}")
+        for name, best in zip(names, answers, strict=True):
+            differ = f"  disagreement {best[0]['disagreement']:.3f}" if args.disagreement else ""
+            classes = "  ".join(f"{printable(answer['label'])} {answer['score']:.2f}" for answer in best)
+            print(f"{printable(name, 300):24}" + classes + differ)
+    if broken:
+        print("\n".join([f"{len(broken)} pictures could not be decoded:", *(printable(b, 300) for b in broken)]))
     return answers
 
 

@@ -1,6 +1,8 @@
 """The scripts that come after training: classify pictures, test a model."""
 
+import csv
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +88,44 @@ def test_unreadable_picture_is_named(run, tmp_path, name, content):
         (tmp_path / name).write_text(content)
     with pytest.raises(SystemExit, match=name):
         predict.main([f"--run={run}", str(tmp_path / name)])
+
+
+def test_folders_and_patterns_are_answered_in_a_file_and_broken_pictures_listed(run, tmp_path, capsys):
+    folder = tmp_path / "pictures" / "deep"
+    folder.mkdir(parents=True)
+    for name, grey in (("a.png", 10), ("b.png", 120), ("c.PNG", 250)):
+        Image.new("L", (9, 9), grey).save(folder / name, "png")
+    (folder / "broken.png").write_text("not a picture")
+    (folder / "notes.txt").write_text("not looked at")
+    flags = [f"--model={run / 'model'}", "--top_k=2"]
+    answers = predict.main([*flags, str(tmp_path / "pictures"), f"--output={tmp_path / 'a.csv'}"])
+    assert "1 pictures could not be decoded:\ndeep/broken.png" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
+    assert [Path(row["path"]).name for row in rows] == ["a.png", "b.png", "c.PNG"]
+    for row, best in zip(rows, answers, strict=True):
+        assert [row["class_1"], row["class_2"]] == [answer["label"] for answer in best]
+        assert float(row["confidence_2"]) == pytest.approx(best[1]["score"], abs=1e-6)
+        assert float(row["disagreement"]) == pytest.approx(best[0]["disagreement"], abs=1e-6)
+    predict.main([*flags, str(tmp_path / "**" / "[ab].png"), f"--output={tmp_path / 'a.json'}"])
+    entries = json.loads((tmp_path / "a.json").read_text())
+    assert [Path(entry["path"]).name for entry in entries] == ["a.png", "b.png"]
+    assert entries[0]["classes"][0]["label"] == answers[0][0]["label"]
+    with pytest.raises(SystemExit, match="nothing"):
+        predict.main([*flags, str(tmp_path / "nothing" / "*.png")])
+
+
+def test_estimated_frequencies_are_those_that_the_answers_carry(run, tmp_path, capsys):
+    for n in range(6):
+        pixels = np.random.default_rng(n).integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{n}.png")
+    answers = predict.main([f"--model={run / 'model'}", str(tmp_path), "--estimate_prior", "--top_k=10"])
+    means = {str(c): 0.0 for c in range(10)}
+    for best in answers:
+        for answer in best:
+            means[answer["label"]] += answer["score"] / len(answers)
+    printed = re.search("frequencies: (.*)", capsys.readouterr().out)[1]
+    for label, percentage in re.findall(r"(\d) ([\d.]+) %", printed):  # at its end, EM's E step keeps the frequencies
+        assert 100 * means[label] == pytest.approx(float(percentage), abs=0.5)
 
 
 def test_evaluation_repeats_the_results_of_the_run(run, tmp_path):
