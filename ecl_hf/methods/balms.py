@@ -163,8 +163,8 @@ class RateLearner(Part):
     def after_step(self) -> None:
         """Move the rates by the gradient of the last batch."""
         state = [[self.mean], [self.square], [], [self.steps]]
-        betas = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
-        adam([self.scores], [self.gradient], *state, amsgrad=False, lr=self.lr, maximize=False, **betas)
+        usual = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False, "maximize": False}
+        adam([self.scores], [self.gradient], *state, foreach=False, lr=self.lr, **usual)
 
 
 def _meta(out: TaskOutputs, settings: BALMSSettings) -> Tensor:

@@ -53,7 +53,7 @@ def cloud_sizes(class_counts: Tensor) -> Tensor:
     """`log(n_max / n_c) / log(n_max / n_min)`: 0 for the largest class, 1 for the rarest; [C] -> [C]."""
     (counts,) = losses.full_precision(torch.as_tensor(class_counts))
     sizes = (counts.max() / counts).log()
-    return sizes / sizes.max() if sizes.max() > 0 else sizes
+    return sizes / sizes.max().clamp_min(torch.finfo(sizes.dtype).tiny)
 
 
 def clouded_cosines(cosines: Tensor, noise: Tensor, sizes: Tensor, strength: float) -> Tensor:
