@@ -1,9 +1,11 @@
-"""Publish a trained model: as a Hub repository with its card, one expert as a plain timm model, or as an ONNX file.
+"""Publish a trained model: as a Hub repository with its card, a plain timm model, an ONNX file, or a page to try it.
 
 python training/export.py --run runs/c100 --output out                        # the ensemble, ready for the Hub
 python training/export.py --run runs/c100 --push --repo_id me/ecl-c100        # the same, uploaded
 python training/export.py --run runs/c100 --output out --timm                 # the best expert, for timm alone
 python training/export.py --run runs/c100 --output out --onnx --expert 1      # one expert, for ONNX Runtime
+python training/export.py --run runs/c100 --space demo --examples a.jpg       # a page to try it: python demo/app.py
+python training/export.py --run runs/c100 --space demo --push --repo_id me/demo
 """
 
 import json
@@ -21,6 +23,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.publishing.hub import best_expert, save_onnx, save_timm, write_card
+from ecl_hf.publishing.space import upload_space, write_space
 from ecl_hf.repository import upload_directory
 from ecl_hf.runs.folder import RunFolder
 
@@ -39,6 +42,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument(
         "--expert", type=int | None, help="Position of one expert; for --timm the best recorded one when not given"
     )
+    parser.add_argument("--space", type=Path | None, help="Directory to write a Space into: a page to try the model")
+    parser.add_argument("--examples", type=Path, nargs="*", default=[], help="Pictures that the Space shows everybody")
     parser.add_argument("--push", action="store_true", help="Upload to --repo_id")
     parser.add_argument("--repo_id", type=str | None, help="Hub repository, as in me/name; the card names it")
     parser.add_argument("--private", action="store_true", help="Make a new repository private")
@@ -47,6 +52,11 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     args = parser.parse_args(argv)
     if (args.run is None) == (args.model is None):
         parser.error("give either --run or --model")
+    if args.space is not None and (args.output or args.timm or args.onnx):
+        parser.error("--space names the directory to write, and goes with none of --output, --timm and --onnx")
+    if args.examples and args.space is None:
+        parser.error("--examples goes with --space")
+    args.output = args.output or args.space
     if args.output is None and not args.push:
         parser.error("give --output, --push or both")
     if args.push and args.repo_id is None:
@@ -87,6 +97,9 @@ def export(args: Namespace, results: dict[str, Any] | None, directory: Path) -> 
         difference = save_onnx(model, directory / "model.onnx")
         model.config.to_json_file(directory / "config.json")  # class names, size and normalisation of the input
         return f"{which} of {source} as model.onnx; ONNX Runtime's logits differ from PyTorch's by {difference:.1e}"
+    if args.space is not None:
+        write_space(directory, model, (args.repo_id or args.space.name).split("/")[-1], args.examples)
+        return f"{which} of {source} with a page; python {args.space / 'app.py'} shows it (pip install 'ecl-hf[space]')"
     card = {"repo_id": args.repo_id, "dataset": args.dataset, "license": args.license, "expert": expert}
     template = CARDS / ("timm_card.md" if args.timm else "model_card.md")
     try:
@@ -119,10 +132,11 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
             directory = Path(temporary) / "model"
             directory.mkdir()
             print(export(args, results, directory))
-            if results is None and not args.onnx:
+            if results is None and not (args.onnx or args.space):
                 print("no results.json: the card says that nothing was measured")
             if args.push:
-                commit = upload_directory(directory, args.repo_id, private=args.private or None)
+                upload = upload_space if args.space else upload_directory
+                commit = upload(directory, args.repo_id, private=args.private or None)
                 print(f"uploaded to {commit.repo_url}, revision {commit.oid}")
             if args.output:
                 if args.output.exists():
