@@ -58,7 +58,7 @@ OURS = {
     line: page
     for page, text in PAGES.items()
     for line in shell_lines(text)
-    if re.match(r"(ecl-hf|python training/\w+\.py) ", line)
+    if re.match(r"(ecl-hf|python training/\w+\.py) (?!--help)", line)
 }
 
 
