@@ -22,6 +22,7 @@ from ecl_hf.data.mixing import mixup
 from ecl_hf.losses import carried_log_prior, prior_shifts, shifted_cross_entropy, spread
 from ecl_hf.methods.base import HeadKind, Method, PerImage, Stage, TaskOutputs, Term
 from ecl_hf.methods.ldam import unit_rows
+from ecl_hf.methods.ride import SHARING
 from ecl_hf.methods.settings import Settings
 
 
@@ -64,6 +65,7 @@ METHODS = {
         (Stage((SUPERVISION,), mixing=mixup(lambda settings: settings.mixup_alpha), heads=unit_rows),),
         BalPoESettings,
         head=HeadKind("cosine", scale=30.0, bias=False),
+        experts=SHARING,
         logit_prior=_carried,
     )
 }

@@ -19,6 +19,7 @@ from torch import Tensor
 from ecl_hf.losses import carried_log_prior, cross_entropies, full_precision, log_class_prior
 from ecl_hf.methods.base import Experts, HeadKind, Method, Part, PartsContext, PerImage, Stage, TaskOutputs, Term
 from ecl_hf.methods.ldam import unit_rows
+from ecl_hf.methods.ride import all_but_two_stages
 from ecl_hf.methods.settings import Settings
 
 
@@ -125,7 +126,7 @@ METHODS = {
         (Stage((SUPERVISION,), heads=unit_rows),),
         LGLASettings,
         head=HeadKind("cosine", scale=30.0, bias=False),
-        experts=Experts(3, least=2),
+        experts=Experts(3, least=2, shared=all_but_two_stages),
         logit_prior=_carried,
     )
 }

@@ -22,6 +22,7 @@ from ecl_hf.checks import require
 from ecl_hf.losses import carried_log_prior, prior_shifts, shifted_cross_entropy, soft_label_losses, spread
 from ecl_hf.methods.base import HeadKind, Method, PerImage, Stage, TaskOutputs, Term
 from ecl_hf.methods.ldam import unit_rows
+from ecl_hf.methods.ride import SHARING
 from ecl_hf.methods.settings import Settings
 
 
@@ -102,6 +103,7 @@ METHODS = {
         (Stage((SUPERVISION, CONSISTENCY), views=("plain",), heads=unit_rows),),
         MDCSSettings,
         head=HeadKind("cosine", scale=30.0, bias=False),
+        experts=SHARING,
         logit_prior=_carried,
     )
 }

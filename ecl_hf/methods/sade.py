@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from ecl_hf.losses import carried_log_prior, full_precision, log_class_prior, shifted_cross_entropy
 from ecl_hf.methods.base import Experts, HeadKind, Method, PerImage, Stage, TaskOutputs, Term
 from ecl_hf.methods.ldam import unit_rows
+from ecl_hf.methods.ride import all_but_two_stages
 from ecl_hf.methods.settings import Settings
 
 
@@ -82,7 +83,7 @@ METHODS = {
         (Stage((SUPERVISION,), heads=unit_rows),),
         SADESettings,
         head=HeadKind("cosine", scale=30.0, bias=False),
-        experts=Experts(3, least=3, most=3),
+        experts=Experts(3, least=3, most=3, shared=all_but_two_stages),
         logit_prior=_carried,
     )
 }

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.aggregation import ExpertRouter, combine, routed_weights
+from ecl_hf.backbones import create_encoder
 from ecl_hf.learning.config import OptimConfig
 from ecl_hf.learning.optimiser import build_optimizer
 from ecl_hf.learning.task import CollaborativeTask
@@ -186,3 +187,10 @@ def test_only_the_router_moves_in_its_stage():
     moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert {"router.decide.weight", "router.reduce.0.weight", "router.reduce.1.weight"} <= moved
     assert all(name.startswith("router.") for name in moved)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "shared"), [("resnet20_cifar", 1), ("test_resnet", 2), ("test_convnext", 2), ("test_vit", 0)]
+)
+def test_experts_have_the_last_two_stages_for_themselves(architecture, shared):
+    assert ride.all_but_two_stages(create_encoder(architecture)) == (shared, 0)
