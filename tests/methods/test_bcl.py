@@ -7,7 +7,10 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from ecl_hf.methods.bcl import balanced_contrast
+from ecl_hf import ECLConfig, ECLForImageClassification
+from ecl_hf.learning.task import CollaborativeTask
+from ecl_hf.methods import METHODS
+from ecl_hf.methods.bcl import BCLSettings, balanced_contrast
 
 
 def unit(*shape):
@@ -53,3 +56,17 @@ def test_features_on_their_prototypes_of_a_simplex_have_equal_losses():
     loss = balanced_contrast(prototypes[labels].expand(2, 6, 4), prototypes, labels, 0.5)
     expected = math.log(1 + 3 * math.exp((-1 / 3 - 1) / 0.5))
     assert_close(loss, torch.full((6,), expected).double())
+
+
+def test_contrast_moves_the_classifier_by_its_prototypes():
+    config = ECLConfig(architecture="resnet20_cifar", num_experts=1, num_labels=3, class_counts=[9, 4, 2])
+    settings = BCLSettings(supervision_weight=0.0, hidden_dim=8, projection_dim=4)
+    task = CollaborativeTask(ECLForImageClassification(config), METHODS["bcl"], settings).train()
+    views = {name: torch.randn(6, 3, 8, 8) for name in ("pixel_values", "view_0", "view_1")}
+    out = task(labels=torch.tensor([0, 0, 1, 2, 0, 1]), **views)
+    assert_close(out["loss"], 0.6 * out["terms"]["contrast"])
+    out["loss"].backward()
+    head = task.model.experts[0].head
+    assert head.weight.grad.abs().sum() > 0
+    assert not head.bias.grad.any()
+    assert all(parameter.grad is not None for parameter in task.parts["contrast"].parameters())

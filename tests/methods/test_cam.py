@@ -1,14 +1,23 @@
 """CAM-based sampling against values of its published lines, and what its moves leave as it was."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.testing import assert_close
 
+from ecl_hf import ECLConfig, ECLForImageClassification
+from ecl_hf.learning.task import CollaborativeTask
+from ecl_hf.methods import METHODS, cam
+from ecl_hf.methods.base import MixingContext, Time
 from ecl_hf.methods.cam import (
+    CAMSettings,
+    FinishedStage,
     bounding_boxes,
     class_activation_map,
     draw_moves,
     foreground,
+    make_pictures,
     mirror,
     paste_foreground,
     pictures_to_make,
@@ -113,3 +122,39 @@ def test_draws_of_moves():
     centre = torch.tensor([0.0, -0.5])  # of the box, in pixels from the middle: it stays where it is
     assert_close(turned[:, :, :2] @ centre + turned[:, :, 2], centre.expand(len(turned), 2), rtol=0, atol=1e-5)
     assert (draw_moves(mask, torch.Generator().manual_seed(0)) == maps).all()
+
+
+def ensemble(architecture="resnet20_cifar"):
+    config = ECLConfig(architecture=architecture, num_experts=1, num_labels=2, class_counts=[20, 4])
+    return ECLForImageClassification(config)
+
+
+def test_pictures_are_made_as_often_as_a_set_with_them_would_give_them(monkeypatch):
+    """20 and 4 pictures, and 4 and 20 made ones: 1 of 6 of the first class and 5 of 6 of the second."""
+    monkeypatch.setattr(cam, "draw_moves", lambda masks, _: mirror(len(masks), masks.device))  # always visible
+    part, pixels, labels = FinishedStage(ensemble()), torch.randn(600, 3, 8, 8), torch.arange(600) % 2
+    task = SimpleNamespace(parts={"supervision": part})
+    context = MixingContext(CAMSettings(), Time(), torch.Generator().manual_seed(0), task, torch.tensor([20, 4]))
+    batch = make_pictures({"pixel_values": pixels, "labels": labels}, context)
+    changed = (batch["pixel_values"] != pixels).flatten(1).any(1).double()
+    assert changed[labels == 0].mean() == pytest.approx(1 / 6, abs=0.06)
+    assert changed[labels == 1].mean() == pytest.approx(5 / 6, abs=0.06)
+    assert (batch["labels"] == labels).all()
+
+
+def test_the_network_that_makes_pictures_stays():
+    """It has no gradient, is in evaluation mode, and is no longer the network in training."""
+    model = ensemble()
+    task = CollaborativeTask(model, METHODS["cam_drs"], stage=1).train()
+    network = task.parts["supervision"].network
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    assert not network.training
+    assert model.training
+    with torch.no_grad():
+        model.experts[0].head.weight.zero_()
+    assert network.experts[0].head.weight.any()
+
+
+def test_an_encoder_without_maps_is_refused_before_the_first_stage():
+    with pytest.raises(ValueError, match=r"test_vit does not pool a feature map \[64, h, w\]"):
+        CollaborativeTask(ensemble("test_vit"), METHODS["cam"])

@@ -7,7 +7,11 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from ecl_hf import ECLConfig, ECLForImageClassification
+from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.losses import info_nce, supervised_contrast
+from ecl_hf.methods import METHODS
+from ecl_hf.methods.base import Time
 from ecl_hf.methods.hybrid import feature_share, prototypical_contrast
 
 
@@ -78,3 +82,26 @@ def test_pull_to_the_prototype_never_ends_as_printed():
 
 def test_share_moves_along_a_parabola():
     assert [feature_share(e / 4) for e in range(5)] == [1, 1 - 1 / 16, 0.75, 1 - 9 / 16, 0]
+
+
+@pytest.mark.parametrize("method", ["hybrid_sc", "hybrid_psc"])
+def test_classifier_learns_from_the_second_stream_and_features_from_the_first(method):
+    config = ECLConfig(architecture="resnet20_cifar", num_experts=1, num_labels=3, class_counts=[9, 4, 2])
+    task = CollaborativeTask(ECLForImageClassification(config), METHODS[method]).train()
+    names = ("pixel_values", "view_0", "partner_pixel_values")
+    batch = {name: torch.randn(6, 3, 8, 8) for name in names}
+    batch |= {"labels": torch.tensor([0, 0, 1, 2, 0, 1]), "partner_labels": torch.tensor([2, 1, 0, 2, 1, 0])}
+    head, gradients = task.model.experts[0].head, {}
+    for epoch in (0, 3):
+        task.time = Time(epoch, 4)
+        out = task(**batch)
+        share = 1 - (epoch / 4) ** 2
+        expected = share * out["terms"]["features"] + (1 - share) * out["terms"]["classifier"]
+        assert_close(out["loss"], expected)
+        gradients[epoch] = torch.autograd.grad(out["loss"], head.weight, allow_unused=True)[0]
+    assert not gradients[0].any()  # the classifier's share begins at 0
+    assert gradients[3].any()
+    moved = task(**batch | {"partner_labels": batch["labels"]})["terms"]
+    assert moved["classifier"] != out["terms"]["classifier"]
+    changed = task(**batch | {"labels": batch["partner_labels"]})["terms"]
+    assert changed["features"] != out["terms"]["features"]

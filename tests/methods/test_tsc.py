@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from ecl_hf.methods.kcl import k_positive_contrast
-from ecl_hf.methods.tsc import assign, move_centroids, simplex, spread, spread_targets, targeted_contrast
+from ecl_hf.methods.tsc import Targets, assign, move_centroids, simplex, spread, spread_targets, targeted_contrast
 
 
 def unit(*shape):
@@ -92,12 +92,13 @@ def test_simplex(num_classes, dim):
 
 
 def test_search_comes_near_what_is_known():
-    """Nine targets on a circle belong on the corners of a regular polygon."""
-    angles = 2 * torch.pi * torch.arange(9) / 9
+    """Six targets on a circle belong on the corners of a hexagon."""
+    angles = 2 * torch.pi * torch.arange(6) / 6
     polygon = spread(torch.stack([angles.cos(), angles.sin()], dim=1))
-    found, start = spread_targets(9, 2, steps=2000), spread_targets(9, 2, steps=1)
-    assert_close(found.norm(dim=1), torch.ones(9))
-    assert polygon < spread(found) < polygon + 1e-3 < spread(start)
+    found, start = spread_targets(6, 2, steps=800), spread_targets(6, 2, steps=1)
+    assert_close(found.norm(dim=1), torch.ones(6))
+    assert spread(start) - polygon > 0.3
+    assert 0 < spread(found) - polygon < 0.02
 
 
 def test_best_of_all_assignments():
@@ -115,3 +116,20 @@ def test_centroids_stay_where_a_class_is_absent():
     for c in (0, 2):
         mixed = 0.9 * centroids[c] + 0.1 * sums[c] / sums[c].norm()
         assert_close(moved[c], mixed / mixed.norm())
+
+
+def test_centroids_move_by_all_pictures_of_a_step():
+    part, labels = Targets(4, 5, steps=1), torch.tensor([0, 2, 2, 0, 1])
+    before, queries = part.centroids.clone(), F.normalize(torch.randn(5, 5), dim=-1)
+    part.collect(queries[:3], labels[:3])  # two micro-batches
+    part.collect(queries[3:], labels[3:])
+    assert torch.equal(part.centroids, before)
+    part.after_step()
+    for c in range(4):
+        mean = queries[labels == c].mean(0) if c in labels else before[c]
+        moved = 0.9 * before[c] + 0.1 * mean / mean.norm()
+        assert_close(part.centroids[c], moved / moved.norm())
+    assert part.assignment.tolist() == assign(part.centroids, part.targets).tolist()
+    centroids = part.centroids.clone()
+    part.after_step()  # of a step without pictures
+    assert torch.equal(part.centroids, centroids)
