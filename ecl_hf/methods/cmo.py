@@ -14,17 +14,19 @@ Published top-1, best test epoch: with RIDE of 3 experts (ECL prints 4) CIFAR-10
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ecl_hf.checks import require
 from ecl_hf.data.samplers import class_balanced
-from ecl_hf.losses import cross_entropies, effective_number_weights
+from ecl_hf.losses import cross_entropies
+from ecl_hf.methods import ride
 from ecl_hf.methods.base import Experts, Method, MixingContext, PerImage, Stage, TaskOutputs, Term, Time
-from ecl_hf.methods.settings import Settings
-from ecl_hf.methods.terms import BALANCED_CROSS_ENTROPY
+from ecl_hf.methods.ldam import unit_rows
+from ecl_hf.methods.settings import DeferredSettings, Settings
+from ecl_hf.methods.terms import BALANCED_CROSS_ENTROPY, deferred_weights
 
 
 @dataclass(kw_only=True)
@@ -48,18 +50,13 @@ class CMOSettings(Settings):
 
 
 @dataclass(kw_only=True)
-class ReweightedSettings(CMOSettings):
+class ReweightedSettings(DeferredSettings, CMOSettings):
     """Of CMO with deferred re-weighting of the classes."""
 
-    reweight_from: float = 0.8
-    """Share of the training after which classes are weighted; 1 for never, which is plain cross-entropy."""
-    beta: float = 0.9999
-    """Of the effective number of pictures, by which classes are weighted then."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(0 <= self.reweight_from <= 1, f"loss.reweight_from must lie in 0..1, got {self.reweight_from}")
-        require(0 <= self.beta < 1, f"loss.beta must lie in [0, 1), got {self.beta}")
+@dataclass(kw_only=True)
+class CMORIDESettings(ride.RIDESettings, CMOSettings):
+    """Of CMO with RIDE's experts."""
 
 
 def pasted_box(height: int, width: int, share: float, row: int, column: int) -> tuple[slice, slice]:
@@ -109,11 +106,7 @@ def paste_partners(batch: dict[str, Tensor], context: MixingContext) -> dict[str
 
 
 def _reweighted(out: TaskOutputs, settings: ReweightedSettings) -> PerImage:
-    weights = None
-    if out.time.progress >= settings.reweight_from:
-        weights = effective_number_weights(out.class_counts, settings.beta)
-    losses = cross_entropies(out.cls_logits, out.labels).mean(0)
-    return PerImage(losses, weights)
+    return PerImage(cross_entropies(out.cls_logits, out.labels).mean(0), deferred_weights(out, settings))
 
 
 def mixed_stage(*terms: Term) -> Stage:
@@ -122,8 +115,13 @@ def mixed_stage(*terms: Term) -> Stage:
 
 
 REWEIGHTED = Term("supervision", _reweighted, two_labels=True)
+DIVERSITY = replace(ride.DIVERSITY, two_labels=True)
+"""RIDE's knows no label, so it is the same for both."""
 
 METHODS = {
     "cmo": Method((mixed_stage(REWEIGHTED),), ReweightedSettings, experts=Experts(1, most=1)),
     "cmo_bc": Method((mixed_stage(BALANCED_CROSS_ENTROPY),), CMOSettings, experts=Experts(1, most=1)),
+    "cmo_ride": Method(
+        (replace(mixed_stage(ride.SUPERVISION, DIVERSITY), heads=unit_rows),), CMORIDESettings, head=ride.HEAD
+    ),
 }

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from ecl_hf import losses
 from ecl_hf.checks import require
 from ecl_hf.methods.base import Experts, HeadContext, HeadKind, Method, PerImage, Stage, TaskOutputs, Term
-from ecl_hf.methods.settings import Settings
+from ecl_hf.methods.settings import DeferredSettings, Settings
+from ecl_hf.methods.terms import deferred_weights
 
 
 @dataclass(kw_only=True)
@@ -34,18 +35,8 @@ class LDAMSettings(Settings):
 
 
 @dataclass(kw_only=True)
-class LDAMDRWSettings(LDAMSettings):
+class LDAMDRWSettings(DeferredSettings, LDAMSettings):
     """Of LDAM with deferred re-weighting."""
-
-    beta: float = 0.9999
-    """Of the effective number of images, by which classes are weighted in the end."""
-    reweight_from: float = 0.8
-    """Share of the training after which classes are weighted."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(0 <= self.beta < 1, f"loss.beta must lie in [0, 1), got {self.beta}")
-        require(0 <= self.reweight_from <= 1, f"loss.reweight_from must lie in 0..1, got {self.reweight_from}")
 
 
 def ldam_margins(class_counts: Tensor, max_margin: float) -> Tensor:
@@ -84,9 +75,7 @@ def _ldam(out: TaskOutputs, settings: LDAMSettings) -> PerImage:
 
 
 def _ldam_drw(out: TaskOutputs, settings: LDAMDRWSettings) -> PerImage:
-    reweighted = out.time.progress >= settings.reweight_from
-    weights = losses.effective_number_weights(out.class_counts, settings.beta) if reweighted else None
-    return replace(_ldam(out, settings), class_weights=weights)
+    return replace(_ldam(out, settings), class_weights=deferred_weights(out, settings))
 
 
 LDAM = Term("supervision", _ldam, two_labels=True)

@@ -29,7 +29,6 @@ from ecl_hf.checks import require
 from ecl_hf.data.samplers import class_balanced
 from ecl_hf.losses import (
     cross_entropies,
-    effective_number_weights,
     full_precision,
     log_class_prior,
     margin_logits,
@@ -38,6 +37,7 @@ from ecl_hf.losses import (
 )
 from ecl_hf.methods.base import Experts, HeadKind, Method, PerImage, Stage, TaskOutputs, Term, Trains
 from ecl_hf.methods.ldam import LDAMDRWSettings, ldam_margins, unit_rows
+from ecl_hf.methods.terms import deferred_weights
 
 
 @dataclass(kw_only=True)
@@ -169,19 +169,14 @@ def routing_losses(scores: Tensor, targets: Tensor, positive_weight: float) -> T
     return F.binary_cross_entropy_with_logits(scores, answers, pos_weight=weight, reduction="none").mean(0)
 
 
-def _reweighted(out: TaskOutputs, settings: RIDESettings) -> bool:
-    return out.time.progress >= settings.reweight_from
-
-
 def _supervision(out: TaskOutputs, settings: RIDESettings) -> PerImage:
     margins = ldam_margins(out.class_counts, settings.max_margin)
     losses = margin_losses(out.cls_logits, out.labels, margins, out.heads[0].scale)
-    weights = effective_number_weights(out.class_counts, settings.beta) if _reweighted(out, settings) else None
-    return PerImage(losses, weights)
+    return PerImage(losses, deferred_weights(out, settings))
 
 
 def _diversity(out: TaskOutputs, settings: RIDESettings) -> PerImage:
-    spread = settings.temperature_spread if _reweighted(out, settings) else 0.0
+    spread = settings.temperature_spread if settings.has_begun(out.time.progress) else 0.0
     return PerImage(divergence_from_mean(out.cls_logits, diversity_temperatures(out.class_counts, spread)))
 
 

@@ -14,6 +14,25 @@ class Settings:
 
 
 @dataclass(kw_only=True)
+class DeferredSettings(Settings):
+    """Of class weights that set in late in the training (deferred re-weighting, Cao et al. 2019)."""
+
+    beta: float = 0.9999
+    """Of the effective number of images, by which classes are weighted in the end; 0 weights all alike."""
+    reweight_from: float = 0.8
+    """Share of the training after which classes are weighted; 1 for never."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.beta < 1, f"loss.beta must lie in [0, 1), got {self.beta}")
+        require(0 <= self.reweight_from <= 1, f"loss.reweight_from must lie in 0..1, got {self.reweight_from}")
+
+    def has_begun(self, progress: float) -> bool:
+        """Whether classes are weighted at this share of the training."""
+        return progress >= self.reweight_from
+
+
+@dataclass(kw_only=True)
 class MomentumSettings(Settings):
     """Of the momentum branch (MoCo v2): key encoders, projectors and queues."""
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.data.samplers import Draw
-from ecl_hf.learning.task import mean_loss
+from ecl_hf.learning.task import CollaborativeTask, mean_loss
 from ecl_hf.losses import log_class_prior
 from ecl_hf.methods import METHODS, TaskOutputs
 from ecl_hf.methods.base import MixingContext, Time
@@ -125,3 +126,16 @@ def test_published_mixed_loss(published):
     )
     assert_close(loss, values["mix_loss"], rtol=1e-7, atol=0)
     assert_close(torch.autograd.grad(loss, logits)[0], values["mix_grad_logits"], rtol=1e-6, atol=1e-9)
+
+
+def test_ride_loss_of_mixed_pictures_is_linear_in_the_label_and_pushes_once():
+    config = ECLConfig(architecture="resnet20_cifar", num_labels=3, class_counts=[9, 4, 2], classifier="cosine")
+    task = CollaborativeTask(ECLForImageClassification(config), METHODS["cmo_ride"]).train()
+    task.time = Time(9, 10)  # weights and class temperatures have set in
+    pixels, labels, others = torch.randn(6, 3, 8, 8), torch.tensor([0, 0, 1, 2, 0, 1]), torch.tensor([1, 0, 2, 2, 0, 2])
+    background, patch = task(pixels, labels), task(pixels, others)
+    mixed = task(pixels, labels, mixed_labels=others, share=torch.tensor(0.3))
+    assert_close(mixed["loss"], 0.3 * background["loss"] + 0.7 * patch["loss"])
+    assert_close(mixed["terms"]["diversity"], background["terms"]["diversity"])
+    assert background["terms"]["diversity"] > 0
+    assert background["loss"] != patch["loss"]
