@@ -81,7 +81,7 @@ def test_every_recipe_is_described():
 
 
 def test_every_method_is_described():
-    described = set(re.findall(r"`([a-z_]+)`", PAGES["ecl_hf/methods/README.md"]))
+    described = set(re.findall(r"`([a-z0-9_]+)`", PAGES["ecl_hf/methods/README.md"]))
     assert METHODS.keys() <= described
 
 
