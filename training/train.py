@@ -35,7 +35,7 @@ from ecl_hf.heads import log_prior_shift
 from ecl_hf.learning.batchnorm import save_statistics
 from ecl_hf.learning.finite import check_weights
 from ecl_hf.learning.optimiser import set_learning_rate
-from ecl_hf.learning.stages import fold_heads
+from ecl_hf.learning.stages import fold_heads, published_copy
 from ecl_hf.methods.base import EpochContext, FinishContext, MixingContext, Part, Time
 from ecl_hf.repository import upload_directory
 from ecl_hf.runs.folder import RunFolder, describe_model, epoch_line
@@ -161,7 +161,8 @@ class Training(Session):
                     self._write_checkpoint()
                 if self.upload and ended and epoch % recipe.hub.every == 0 and self.progress.step < self.total_steps:
                     with self.encoder.in_place() if self.encoder else nullcontext():
-                        self.upload.offer(self.plain.model, partial(self.add_card, results=None), f"Epoch {epoch}")
+                        model = published_copy(self.plain.model)
+                    self.upload.offer(model, partial(self.add_card, results=None), f"Epoch {epoch}")
         stop.deferred = False
         if stopping:
             self.accelerator.wait_for_everyone()

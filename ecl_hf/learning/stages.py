@@ -1,5 +1,6 @@
 """From one stage to the next: heads that are new, wrapped or folded, and views, samplers and checks of a stage."""
 
+import copy
 from typing import Any
 
 import torch
@@ -30,6 +31,13 @@ def fold_heads(model: ECLForImageClassification) -> None:
             expert.head = expert.head.fold()
     for name, value in describe_head(model.experts[0].head).items():
         setattr(model.config, name, value)
+
+
+def published_copy(model: ECLForImageClassification) -> ECLForImageClassification:
+    """The model as it would be published now: a copy with folded heads. The model itself stays as training needs it."""
+    copied = copy.deepcopy(model)
+    fold_heads(copied)
+    return copied
 
 
 def check_stages(method: Method, *, streaming: bool, pieces: int, teacher: str | None, name: str) -> None:

@@ -9,7 +9,7 @@ from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.heads import ECLDisAlignHead, ECLHead, ECLNormalisedHead
 from ecl_hf.learning.config import OptimConfig
 from ecl_hf.learning.optimiser import build_optimizer
-from ecl_hf.learning.stages import begin_heads, fold_heads
+from ecl_hf.learning.stages import begin_heads, fold_heads, published_copy
 from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.methods import METHODS
 from ecl_hf.methods.base import EpochContext, FinishContext, Time
@@ -102,6 +102,20 @@ def test_folded_heads_compute_the_same(method):
     kind = ECLNormalisedHead if method == "ckt" else ECLHead
     assert type(task.model.experts[0].head) is kind
     assert task.model.config.classifier == ("normalised" if method == "ckt" else "linear")
+
+
+@pytest.mark.parametrize(("method", "stage"), [("lws", 1), ("disalign", 1), ("ckt", 1), ("tde", 0)])
+def test_what_is_uploaded_within_a_stage_is_a_published_model(method, stage, tmp_path):
+    task = make_task(method, stage)
+    take_steps(task)
+    before = state_of(task)
+    published_copy(task.model).save_pretrained(tmp_path)
+    x = torch.randn(3, 3, 16, 16)
+    loaded = ECLForImageClassification.from_pretrained(tmp_path)
+    assert_close(loaded(x).logits, task.model.eval()(x).logits, rtol=1e-5, atol=1e-5)
+    after = task.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_the_whole_loss_of_each_second_stage():
