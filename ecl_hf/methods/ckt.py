@@ -170,6 +170,7 @@ METHODS = {
                 trains=Trains(lambda name: ".head.retrained." in name),
                 heads=_beside,
                 share=0.1,
+                schedule="cosine",
             ),
         ),
         CKTSettings,

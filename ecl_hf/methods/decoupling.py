@@ -197,7 +197,15 @@ METHODS = {
     "crt": Method(
         (
             representation(0.9),
-            Stage((CROSS_ENTROPY,), "classifier", class_aware(4), trains=HEADS_ALONE, heads="new", share=0.1),
+            Stage(
+                (CROSS_ENTROPY,),
+                "classifier",
+                class_aware(4),
+                trains=HEADS_ALONE,
+                heads="new",
+                share=0.1,
+                schedule="cosine",
+            ),
         ),
         FrozenEncoderSettings,
         **ONE_LINEAR,
@@ -205,7 +213,15 @@ METHODS = {
     "lws": Method(
         (
             representation(0.95),
-            Stage((CROSS_ENTROPY,), "scales", class_aware(4), trains=SCALES_ALONE, heads=with_scales, share=0.05),
+            Stage(
+                (CROSS_ENTROPY,),
+                "scales",
+                class_aware(4),
+                trains=SCALES_ALONE,
+                heads=with_scales,
+                share=0.05,
+                schedule="cosine",
+            ),
         ),
         FrozenEncoderSettings,
         **ONE_LINEAR,

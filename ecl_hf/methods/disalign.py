@@ -77,6 +77,7 @@ METHODS = {
                 trains=CALIBRATION,
                 heads=_calibrated,
                 share=0.1,
+                schedule="cosine",
             ),
         ),
         DisAlignSettings,

@@ -129,6 +129,7 @@ METHODS = {
                 trains=HEADS_ALONE,
                 heads=with_scales,
                 share=0.05,
+                schedule="cosine",
                 lr_factor=_lr_factor,
             ),
         ),

@@ -121,6 +121,7 @@ METHODS = {
                 "classifier",
                 trains=HEADS_ALONE,
                 share=0.05,
+                schedule="cosine",
                 weight_decay=lambda settings: settings.head_weight_decay,
             ),
         ),
