@@ -1,4 +1,4 @@
-# make quickstart   set up, train, evaluate, export and classify; RECIPE=training/recipes/cifar100_lt.yaml for another run
+# make quickstart   set up, train, test, classify, draw a report; RECIPE=training/recipes/cifar100_lt.yaml for another run
 # make test         set up and run the tests
 # make fast         set up and run the tests that start no other trainings
 # make lint         set up and run ruff
@@ -19,6 +19,7 @@ setup: .venv/.installed
 quickstart: setup
 	.venv/bin/python training/train.py --recipe $(RECIPE) --output_dir $(RUN) --resume $(ARGS)
 	.venv/bin/python training/predict.py --run $(RUN)
+	.venv/bin/python training/figures.py --run $(RUN) --landscape_images 0
 
 test: setup
 	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4
