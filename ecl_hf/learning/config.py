@@ -1,9 +1,10 @@
 """The recipe's sections `model`, `optim` and `train`."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from ecl_hf.checks import check_values, require
+from ecl_hf.configuration_ecl import FORBIDDEN_MODEL_ARGS
 
 
 @dataclass(kw_only=True)
@@ -33,12 +34,16 @@ class ModelConfig:
     """Kind of the classification heads."""
     classifier_scale: float = 16.0
     """Scale of the cosine classifier; not used by the linear one."""
+    args: dict[str, Any] | None = None
+    """More arguments of timm's for the encoders: {widths: [16, 24, 48]} of CIFAR ResNets, {channels: ...} of others."""
     image_size: int | None = None
     """Side of the square input in pixels; the architecture's own when not given."""
 
     def __post_init__(self) -> None:
         check_values(self, "model.")
         require(self.classifier_scale > 0, f"model.classifier_scale must be positive, got {self.classifier_scale}")
+        forbidden = sorted(FORBIDDEN_MODEL_ARGS & (self.args or {}).keys())
+        require(not forbidden, f"model.args must not hold {', '.join(forbidden)}")
         least = self.num_experts is None or self.num_experts >= 1
         require(least, f"model.num_experts must be at least 1, got {self.num_experts}")
         for name in ("share_stages", "share_blocks"):

@@ -102,7 +102,7 @@ def _check_cut(model: ECLForImageClassification) -> None:
 def _encoder_settings(config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str, torch.Tensor] | None]:
     """Arguments for timm, data configuration, and pretrained weights or None."""
     own = create_encoder(config.architecture).pretrained_cfg
-    model_args = {}
+    model_args = dict(config.args or {})
     if config.image_size is not None and own.get("fixed_input_size"):
         model_args["img_size"] = config.image_size
     if config.pretrained:

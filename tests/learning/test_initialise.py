@@ -16,7 +16,7 @@ CLASSIFIERS = {"resnet20_cifar": "fc.", "test_resnet": "fc.", "test_vit": "head.
 
 def initialise(method="ecl", **model):
     method = METHODS[method] if isinstance(method, str) else method
-    return initialise_model(ModelConfig(**model), method, COUNTS, NAMES)
+    return initialise_model(ModelConfig(**model), method, COUNTS, NAMES, method.settings())
 
 
 def random_weights(architecture, num_classes=10):
@@ -89,10 +89,22 @@ def test_method_for_fewer_experts_is_refused():
         initialise("bc", architecture="resnet20_cifar", num_experts=3)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not callable(method.logit_prior)])
 def test_logit_prior_is_that_of_the_method(method):
-    model = initialise(method, architecture="resnet20_cifar", num_experts=1)
-    assert model.config.logit_prior == ("train" if method == "ce" else "uniform")
+    model = initialise(method, architecture="resnet20_cifar", num_experts=METHODS[method].experts.least)
+    assert model.config.logit_prior == METHODS[method].logit_prior
+
+
+@pytest.mark.parametrize(("tau", "power"), [(1.0, 0.0), (2.0, -1 / 3)])
+def test_logit_prior_that_depends_on_the_settings(tau, power):
+    """Counts in a geometric row, so that the reversed prior is the inverse one."""
+    config = ModelConfig(architecture="resnet20_cifar", num_experts=3, share_stages=0)
+    settings = METHODS["sade"].settings(tau=tau)
+    model = initialise_model(config, METHODS["sade"], [8, 4, 2, 1], ["ant", "bee", "cow", "dog"], settings)
+    weights = torch.tensor([8.0, 4, 2, 1], dtype=torch.double) ** power
+    expected = (weights / weights.sum()).log()
+    found = model.config.logit_prior
+    assert found == "uniform" if power == 0 else torch.allclose(torch.tensor(found).double(), expected, atol=1e-6)
 
 
 def test_classes_are_written_into_the_config():
@@ -209,3 +221,12 @@ def test_weights_that_the_hub_can_not_give(source, tmp_path, monkeypatch):
 def test_unknown_architecture(name, hint, pretrained):
     with pytest.raises(ValueError, match=f"'{name}'.*{hint}"):
         initialise(architecture=name, pretrained=pretrained)
+
+
+def test_more_arguments_for_the_encoders():
+    config = ModelConfig(architecture="resnet20_cifar", num_experts=2, args={"widths": [8, 12, 20]})
+    model = initialise_model(config, METHODS["bc_ensemble"], [3, 2], ["a", "b"])
+    assert model.config.model_args == {"widths": [8, 12, 20]}
+    assert [expert.head.in_features for expert in model.experts] == [20, 20]
+    with pytest.raises(ValueError, match=r"model\.args must not hold checkpoint_path"):
+        ModelConfig(args={"checkpoint_path": "weights.pth"})
