@@ -43,7 +43,7 @@ from ecl_hf.data.streaming import StreamedViews, StreamSampler, stream_loader
 from ecl_hf.data.views import View, contrastive_view, evaluation_view, supervised_view
 from ecl_hf.evidence.evaluation import Predictions, predict
 from ecl_hf.learning.batchnorm import load_statistics, synchronise_batchnorm
-from ecl_hf.learning.finite import StepCheck
+from ecl_hf.learning.finite import StepCheck, check_saved, check_weights
 from ecl_hf.learning.initialise import initialise_model, shared_parts
 from ecl_hf.learning.memory import checkpoint_blocks, checkpoint_experts, counted_once, keep_freed_memory
 from ecl_hf.learning.optimiser import build_optimizer, learning_rate
@@ -338,6 +338,8 @@ class Session:
         try:
             if checkpoint:
                 self.progress = self.run.read_progress(checkpoint)
+                sizes = (len(self.method.stages), recipe.epochs, self.steps_per_epoch, self.accumulation)
+                self.progress.check(*sizes)
                 for stage in range(1, self.progress.stage + 1):
                     fold_heads(self.model)
                     self._build(stage)
@@ -348,8 +350,11 @@ class Session:
                 self._start_heads()
             else:
                 groups = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+                if (weights := Path(checkpoint) / "model.safetensors").exists():
+                    check_saved(weights, self.plain)
                 accelerator.load_state(checkpoint)
                 load_statistics(self.plain, checkpoint, accelerator.process_index)
+                check_weights(self.plain)
                 for group, own in zip(self.optimizer.param_groups, groups, strict=True):
                     group.update(own)
         except Exception as error:  # of whatever wrote or reads it
@@ -364,6 +369,8 @@ class Session:
         )
         if checkpoint:
             self.say(f"continuing after step {self.progress.step}")
+            if accelerator.is_main_process:
+                self.run.mend_log(self.progress, self.say)
 
     @property
     def complete(self) -> bool:

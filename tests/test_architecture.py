@@ -33,7 +33,7 @@ ALLOWED = PUBLISHED | {
     "methods": {"checks", "losses", "data.samplers", "data.mixing", *PUBLISHED},
     "learning": {"checks", "losses", "methods", "data.samplers", *PUBLISHED},
     "data": {"checks", "files", "names"},
-    "runs": {"checks", "names", "data.config", "learning.config", "methods", "publishing.config", *PUBLISHED},
+    "runs": {"checks", "data.config", "learning.config", "methods", "publishing.config", *PUBLISHED},
     "evidence": {"losses", "names", "runs", *PUBLISHED},
     "publishing": {"checks", "names", "evidence", *PUBLISHED},
     "session": {"checks", "data", "evidence", "learning", "methods", "publishing", "runs", *PUBLISHED},

@@ -75,8 +75,10 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     )
     args = parser.parse_args(argv)
     if args.run is not None:
+        if args.recipe or args.model:
+            parser.error("--run stands for the run's own model and recipe: give either --run, or --model with --recipe")
         run = RunFolder(args.run)
-        args.model, args.recipe = args.model or str(run.model), args.recipe or run.recipe_file
+        args.model, args.recipe = str(run.model), run.recipe_file
         args.output = args.output or run.path / "evaluation.json"
     if args.model is None or args.recipe is None:
         parser.error("give --run, or --model with --recipe")

@@ -90,7 +90,8 @@ def run_recipe(recipe: Recipe, args: Namespace) -> Path:
         with refusing(recipe):
             training = Training(recipe, args, run)
         if args.resume and run.finished:
-            training.say(f"{run.path} is finished already\n{report(run)}")
+            with refusing(recipe):
+                training.say(f"{run.path} is finished already\n{report(run)}")
             return run.path
         training.restore()
         while True:

@@ -1,6 +1,5 @@
 """What a run folder says of a finished run, and the short table of it."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from ecl_hf.evidence.evaluation import Predictions, format_table, score_for_training_prior, summarise
 from ecl_hf.evidence.metrics import shot_groups
-from ecl_hf.runs.folder import Progress, RunFolder
+from ecl_hf.runs.folder import Progress, RunFolder, read_results
 from ecl_hf.runs.recipe import Recipe
 
 
@@ -66,7 +65,7 @@ def describe_run(
 
 def report(run: RunFolder) -> str:
     """The short table of a finished run, and where things are."""
-    results = json.loads(run.results_file.read_text())
+    results = read_results(run.results_file)
     groups = ", ".join(f"{name} {count}" for name, count in results["shot_groups"].items())
     lines = [f"accuracy, macro F1 and calibration error on the test split, in % (classes: {groups})"]
     if absent := results.get("classes_without_test_images"):

@@ -1,9 +1,11 @@
 """Whether the numbers of an optimiser step are finite, found out before the optimiser moves."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ecl_hf.learning.batchnorm import statistics
@@ -117,7 +119,18 @@ def some(names: list[str]) -> str:
 
 
 def check_weights(task: nn.Module) -> None:
-    """Raise a FloatingPointError with the names of parameters that are not finite."""
-    if not norm(task.parameters()).isfinite():
-        names = [name for name, value in task.named_parameters() if not norm([value]).isfinite()]
+    """Raise a FloatingPointError with the names of parameters or running statistics that are not finite."""
+    tensors = dict(task.named_parameters()) | {n: b for n, b in statistics(task).items() if b.is_floating_point()}
+    if not norm(tensors.values()).isfinite():
+        names = [name for name, value in tensors.items() if not norm([value]).isfinite()]
         raise FloatingPointError(f"the weights are not finite and were not saved: {some(names)}")
+
+
+def check_saved(file: Path, task: nn.Module) -> None:
+    """See that saved weights are of the task's types, which loading would silently change; ValueError names one."""
+    expected = {name: tensor.dtype for name, tensor in task.state_dict().items()}
+    with safe_open(file, "pt") as saved:
+        for name in expected.keys() & set(saved.keys()):
+            tensor = saved.get_tensor(name)
+            if tensor.dtype != expected[name]:
+                raise ValueError(f"{file.name} holds {name} as {tensor.dtype}, not {expected[name]}")

@@ -4,22 +4,11 @@ They are meant for the run folder that they were written in. What is in them is 
 Accelerate's `torch.load(weights_only=True)`, which runs no code of a file; a stranger's could still hold any weights.
 """
 
-import hashlib
 import os
 import shutil
 from pathlib import Path
 
-CHECKSUMS = "SHA256SUMS"
-"""File of a checkpoint with the checksums of all others, as `sha256sum --check` reads them."""
-
-
-def checksum(file: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+from ecl_hf.files import CHECKSUMS, checksum, read_checksums, write_checksums
 
 
 def synchronise(path: Path) -> None:
@@ -33,8 +22,12 @@ def synchronise(path: Path) -> None:
 
 def seal(folder: Path) -> None:
     """Write the checksums of a folder's files and bring everything to the disk."""
-    lines = [f"{checksum(file)}  {file.name}\n" for file in sorted(folder.iterdir()) if file.name != CHECKSUMS]
-    (folder / CHECKSUMS).write_text("".join(lines))
+    write_checksums(folder, list(folder.iterdir()))
+    synchronise_folder(folder)
+
+
+def synchronise_folder(folder: Path) -> None:
+    """Bring a folder and the files in it to the disk."""
     for path in (*folder.iterdir(), folder):
         synchronise(path)
 
@@ -42,8 +35,7 @@ def seal(folder: Path) -> None:
 def find_defect(folder: Path) -> str | None:
     """What is wrong with a sealed folder; None if every file is as it was written."""
     try:
-        lines = (folder / CHECKSUMS).read_text().splitlines()
-        expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        expected = read_checksums(folder / CHECKSUMS)
         found = {file.name for file in folder.iterdir()} - {CHECKSUMS}
         for name in sorted(expected.keys() | found):
             if name not in found:
@@ -54,7 +46,7 @@ def find_defect(folder: Path) -> str | None:
                 return f"{name} is damaged"
     except FileNotFoundError:
         return f"{CHECKSUMS} is missing"
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         return f"it can't be read: {error}"
     return None if expected else f"{CHECKSUMS} is empty"
 
@@ -68,8 +60,10 @@ def publish(partial: Path, target: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder, which is gone for readers before the first of its files is."""
-    if folder.exists():
+    """Delete a folder, which is gone for readers before the first of its files is; of a link, the link alone."""
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    elif folder.exists():
         doomed = folder.with_name(f".{folder.name}.deleted.partial")
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
@@ -79,4 +73,4 @@ def discard(folder: Path) -> None:
 def remove_partial(folder: Path) -> None:
     """Delete what a killed process left half-written or half-deleted in a folder."""
     for path in folder.glob(".*.partial"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

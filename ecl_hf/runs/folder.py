@@ -13,7 +13,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -23,8 +23,9 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
+from ecl_hf.files import CHECKSUMS, checksum, read_bytes, read_checksums, read_object, write_checksums
 from ecl_hf.modeling_ecl import ECLForImageClassification
-from ecl_hf.runs.checkpoints import discard, find_defect, publish, remove_partial, synchronise
+from ecl_hf.runs.checkpoints import discard, find_defect, publish, remove_partial, synchronise, synchronise_folder
 from ecl_hf.runs.interruption import writing
 from ecl_hf.runs.locks import FolderLock
 from ecl_hf.runs.recipe import Recipe
@@ -36,6 +37,9 @@ FREE_TO_CHANGE = (
     *("hub.push", "hub.repo_id", "hub.private", "hub.every", "hub.license"),
 )
 """Recipe keys that may differ when a run is continued."""
+
+MAX_LOG = 1 << 28
+"""Bytes of `metrics.jsonl`."""
 
 PACKAGES = ("ecl-hf", "torch", "torchvision", "timm", "transformers", "datasets", "accelerate")
 
@@ -77,6 +81,48 @@ class Progress:
     best_epoch: int | None = None
     ended: bool = False
 
+    @classmethod
+    def read(cls, file: Path) -> "Progress":
+        """What a checkpoint says; ValueError names the file and the value that can't be."""
+        values = read_object(file)
+        kinds = {item.name: str(item.type).removeprefix("<class '").removesuffix("'>") for item in fields(cls)}
+        if unknown := sorted(values.keys() - kinds.keys()):
+            raise ValueError(f"{file} holds {unknown[0]!r}, which this version does not know")
+        for name, value in values.items():
+            kind = kinds[name]
+            listed = {"dict[str, float]": (dict, float), "list[str]": (list, str)}.get(kind)
+            if listed:
+                inner = list(value.values()) if isinstance(value, dict) else value
+                good = isinstance(value, listed[0]) and all(_is_a(item, listed[1].__name__) for item in inner)
+            else:
+                good = (value is None and kind.endswith("| None")) or _is_a(value, kind.partition(" ")[0])
+                good = good and not (isinstance(value, int | float) and value < 0)
+            if not good:
+                raise ValueError(f"{file}: {name} can't be {repr(value)[:80]}")
+        return cls(**values)
+
+    def check(self, stages: int, epochs: int, steps_per_epoch: int, accumulation: int) -> None:
+        """See that a run of these sizes can have come so far; ValueError says why not.
+
+        Args:
+            stages: of the method.
+            epochs: of the recipe.
+            steps_per_epoch: optimiser steps.
+            accumulation: micro-batches of a step.
+        """
+        if self.stage >= stages or self.epoch > epochs or self.step > epochs * steps_per_epoch:
+            raise ValueError(
+                f"stage {self.stage + 1}, epoch {self.epoch}, step {self.step} is beyond the recipe's end "
+                f"({stages} stages, {epochs} epochs of {steps_per_epoch} steps)"
+            )
+        if self.skipped > self.step or self.skipped_before > self.skipped or self.missing > self.batch:
+            raise ValueError(f"it left out more steps than it took: {self.skipped} of {self.step}")
+        if self.batch and (self.step - self.epoch * steps_per_epoch) * accumulation != self.batch:
+            raise ValueError(
+                "it stands within an epoch, which another batch size, accumulation or number of pictures can't "
+                "continue; let the old recipe come to the end of the epoch"
+            )
+
     def updates_since(self, first_step: int) -> int:
         """Optimiser steps that moved the weights in the running stage, which began with this step of the run."""
         return self.step - first_step - (self.skipped - self.skipped_before)
@@ -96,6 +142,13 @@ class Progress:
     def next_stage(self) -> "Progress":
         """The start of the stage after this one, at the start of an epoch."""
         return replace(self, stage=self.stage + 1, skipped_before=self.skipped)
+
+
+def _is_a(value: Any, kind: str) -> bool:
+    """Whether a value from JSON is of a type; a float may be whole, but must be finite."""
+    if kind == "float":
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value).__name__ == kind
 
 
 def epoch_line(line: dict[str, Any], epochs: int, seconds_left: float) -> str:
@@ -131,8 +184,29 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are trained and tested."""
-        return self.results_file.exists() and json.loads(self.results_file.read_text()).get("finished", False)
+        """Whether all epochs are trained and tested, and the model is as it was written.
+
+        Where it is not, the run can go on from its last checkpoint, and tests and writes the model again.
+        """
+        return self._said_finished and self.find_damage() is None
+
+    @property
+    def _said_finished(self) -> bool:
+        try:
+            return read_object(self.results_file).get("finished") is True
+        except (OSError, ValueError):
+            return False
+
+    def find_damage(self) -> str | None:
+        """What is wrong with the published model; None if all but its card is as it was written."""
+        try:
+            expected = read_checksums(self.model / CHECKSUMS)
+            damaged = [name for name, digest in expected.items() if checksum(self.model / name) != digest]
+        except (OSError, ValueError) as error:
+            return str(error)
+        if not expected:
+            return f"{self.model / CHECKSUMS} is empty"
+        return f"{self.model / damaged[0]} is damaged" if damaged else None
 
     def check(self, recipe: Recipe, resume: bool, changed: bool = False) -> None:
         """See that the run can begin here, or with `resume` that it can go on.
@@ -153,7 +227,11 @@ class RunFolder:
                 raise FileExistsError(f"output_dir {self.path} holds a run already; continue it with --resume")
             if not changed:
                 self._compare(recipe)
-        elif self.path.exists() and {path.name for path in self.path.iterdir()} - {self.lock.file.name}:
+        elif self.path.exists() and any(
+            # What a process leaves that is killed before the recipe is written counts for nothing
+            path.name != self.lock.file.name and not (path.name.startswith(".") and path.suffix == ".partial")
+            for path in self.path.iterdir()
+        ):
             raise FileExistsError(f"output_dir {self.path} is not empty and holds no run; choose another")
 
     def open(self, recipe: Recipe, resume: bool = False, changed: bool = False) -> None:
@@ -219,7 +297,7 @@ class RunFolder:
     @staticmethod
     def read_progress(checkpoint: Path) -> Progress:
         """How far a checkpoint's run had come."""
-        return Progress(**json.loads((checkpoint / "progress.json").read_text()))
+        return Progress.read(checkpoint / "progress.json")
 
     def newest_checkpoint(self) -> Path | None:
         """The checkpoint of the latest step."""
@@ -234,6 +312,8 @@ class RunFolder:
         Raises:
             ValueError: all are damaged.
         """
+        if say and self._said_finished and (damage := self.find_damage()):
+            say(f"the model of the finished run is not whole: {damage}; it is written again from the last checkpoint")
         defects = []
         for checkpoint in sorted(self.checkpoints.glob("step_*"), reverse=True):
             defect = find_defect(checkpoint)
@@ -244,35 +324,88 @@ class RunFolder:
                 say(f"damaged checkpoint {defects[-1]}; looking for the one before")
         if defects:
             raise ValueError(f"no checkpoint is whole ({'; '.join(defects)}); delete them to start again")
+        if self.results_file.exists():
+            raise ValueError(f"{self.path} has results, but no checkpoint to go on from; choose another output_dir")
         return None
 
     def log(self, line: dict[str, Any]) -> None:
         """Append an epoch to `metrics.jsonl`; lines of the same or later epochs, from before a resume, go."""
-        lines = self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []
-        kept = [old for old in lines if json.loads(old)["epoch"] < line["epoch"]]
-        write_atomically(self.metrics_file, "\n".join([*kept, json.dumps(line)]) + "\n")
+        kept = [old for old in self.read_log()[0] if old["epoch"] < line["epoch"]]
+        write_atomically(self.metrics_file, "".join(f"{json.dumps(old)}\n" for old in [*kept, line]))
+
+    def read_log(self) -> tuple[list[dict[str, Any]], str | None]:
+        """The entries of `metrics.jsonl`, epoch after epoch, and where it is damaged; what follows there is left out.
+
+        A power failure may leave half a line; the run itself is in its checkpoints.
+        """
+        entries: list[dict[str, Any]] = []
+        try:
+            if not self.metrics_file.exists():
+                return entries, None
+            lines = read_bytes(self.metrics_file, MAX_LOG).splitlines()
+        except (OSError, ValueError) as error:
+            return entries, str(error)
+        for number, text in enumerate(lines, 1):
+            try:
+                entry = json.loads(text)
+                epoch = entry["epoch"]
+            except (ValueError, TypeError, KeyError, RecursionError):
+                epoch = None
+            if type(epoch) is not int or epoch <= (entries[-1]["epoch"] if entries else 0):
+                return entries, f"{self.metrics_file}, line {number} is damaged"
+            entries.append(entry)
+        return entries, None
+
+    def mend_log(self, progress: Progress, say: Callable[[str], None]) -> None:
+        """Cut `metrics.jsonl` back to the epochs that a checkpoint knows; what is damaged is said."""
+        entries, damage = self.read_log()
+        kept = [entry for entry in entries if entry["epoch"] <= progress.epoch + (progress.batch > 0)]
+        if damage:
+            say(f"{damage}: cut back to {len(kept)} epochs; the run goes on from its checkpoint")
+            if self.metrics_file.is_dir() and not self.metrics_file.is_symlink():
+                raise FileExistsError(f"{self.metrics_file} is a directory; remove it")
+            write_atomically(self.metrics_file, "".join(f"{json.dumps(entry)}\n" for entry in kept))
 
     def finish(
         self, model: ECLForImageClassification, add_card: Callable[[Path], None], results: dict[str, Any]
     ) -> None:
         """Write the model with the card that `add_card` puts beside it, then the results."""
         partial = self.path / ".model.partial"
-        shutil.rmtree(partial, ignore_errors=True)
+        discard(partial)
         partial.mkdir()
         add_card(partial)
         with writing(partial):
             model.save_pretrained(partial)
+        write_checksums(partial, [file for file in partial.iterdir() if file.suffix not in (".md", ".png")])
+        synchronise_folder(partial)
         discard(self.model)
         partial.rename(self.model)
+        synchronise(self.path)
         write_atomically(self.results_file, json.dumps(results, indent=1) + "\n")
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old or the new content, never a part."""
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text)
+    temporary.unlink(missing_ok=True)  # a link would lead to another file
+    with temporary.open("x") as file:
+        file.write(text)
     synchronise(temporary)
     temporary.replace(path)
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """A run's `results.json`; ValueError names the file if it is none."""
+    results = read_object(file)
+    try:
+        (
+            results["test"]["plain"]["experts"][0]["top1"],
+            results["shot_groups"].items(),
+            results["recipe"]["data"].items(),
+        )
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no results file of a run: it lacks {error!r}") from error
+    return results
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 from pathlib import Path
 
 
@@ -22,7 +23,7 @@ class FolderLock:
     def acquire(self) -> None:
         """Take the lock; FileExistsError names host and process of its holder."""
         while self._descriptor is None:
-            descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = self._open()
             try:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
@@ -42,6 +43,19 @@ class FolderLock:
                 os.close(descriptor)
         os.truncate(self._descriptor, 0)
         os.write(self._descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
+
+    def _open(self) -> int:
+        """Open the file itself: a link could lead to one that is precious."""
+        try:
+            descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        except OSError as error:
+            if self.file.is_symlink() or self.file.is_dir():
+                raise FileExistsError(f"{self.file} is no lock but a link or directory; remove it") from error
+            raise
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise FileExistsError(f"{self.file} is no regular file; remove it")
+        return descriptor
 
     def release(self) -> None:
         """Give the lock back, if it is held."""

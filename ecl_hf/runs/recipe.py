@@ -15,10 +15,14 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from ecl_hf.checks import check_values, require
 from ecl_hf.data.config import DataConfig
+from ecl_hf.files import read_text
 from ecl_hf.learning.config import ModelConfig, OptimConfig, TrainConfig
 from ecl_hf.methods import METHODS, Settings
 from ecl_hf.publishing.config import HubConfig
 from ecl_hf.runs.recipe_files import find_recipe
+
+MAX_RECIPE = 1 << 20
+"""Bytes of a recipe file."""
 
 
 @dataclass(kw_only=True)
@@ -164,8 +168,11 @@ def own_settings(method: str, section: Any, other: str) -> tuple[Any, list[str]]
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The keys of a recipe file as they stand there; nothing is checked but that it is YAML with keys."""
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        text = read_text(path, MAX_RECIPE)
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):  # a few of them make billions of keys
+            raise ValueError("an alias (*name) stands in it; write out what it means")
+        found = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"recipe {path} is no YAML file: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"recipe {path} must hold keys with values")

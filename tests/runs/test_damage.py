@@ -1,0 +1,183 @@
+"""Run folders after a power failure, or from a stranger: what is whole is used, what is not is named."""
+
+import json
+import os
+from dataclasses import asdict
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ecl_hf import ECLConfig, ECLForImageClassification
+from ecl_hf.evidence.results import report
+from ecl_hf.learning.finite import check_saved, check_weights
+from ecl_hf.runs.folder import Progress, RunFolder, write_atomically
+from ecl_hf.runs.recipe import Recipe, read_yaml
+
+TAILS = {
+    "half a line": b'{"epoch": 3, "lo',
+    "NULs": b"\0" * 300,
+    "binary": bytes(range(256)),
+    "list": b"[1, 2]\n",
+    "no epoch": b'{"loss": 1.0}\n',
+    "text for an epoch": b'{"epoch": "x"}\n',
+    "deep": b"[" * 100_000,
+    "huge number": b'{"epoch": 1' + b"0" * 5000 + b"}\n",
+    "a line again": b'{"epoch": 2, "loss": 1.0}\n',
+}
+
+
+@pytest.fixture
+def logged(tmp_path):
+    run = RunFolder(tmp_path)
+    for epoch in (1, 2):
+        run.log({"epoch": epoch, "loss": 0.5})
+    return run
+
+
+@pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS)
+def test_damaged_log_is_cut_back(logged, tail):
+    whole = logged.metrics_file.read_bytes()
+    logged.metrics_file.write_bytes(whole + tail)
+    said = []
+    logged.mend_log(Progress(epoch=2), said.append)
+    assert logged.metrics_file.read_bytes() == whole
+    assert len(said) == 1
+    assert "metrics.jsonl, line 3 is damaged: cut back to 2 epochs" in said[0]
+    logged.log({"epoch": 3})
+    assert [entry["epoch"] for entry in logged.read_log()[0]] == [1, 2, 3]
+    logged.mend_log(Progress(epoch=3), said.append)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("odd", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda _: None])
+def test_log_that_is_no_file_begins_anew(logged, odd):
+    logged.metrics_file.unlink()
+    odd(logged.metrics_file)
+    logged.mend_log(Progress(epoch=2), lambda _: None)
+    logged.log({"epoch": 3})
+    assert logged.metrics_file.read_text() == '{"epoch": 3}\n'
+
+
+def finish(run):
+    model = ECLForImageClassification(ECLConfig(architecture="test_resnet", num_experts=2, class_counts=[3, 1]))
+    run.finish(model, lambda folder: (folder / "README.md").write_text("card"), {"finished": True})
+    run.checkpoints.mkdir()
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [lambda file: file.unlink(), flip, lambda file: file.write_bytes(b"")])
+@pytest.mark.parametrize("name", ["config.json", "model-00002-of-00002.safetensors", "SHA256SUMS"])
+def test_damaged_model_is_not_finished(name, harm, tmp_path):
+    run = RunFolder(tmp_path)
+    finish(run)
+    (run.model / "README.md").write_text("a card of one's own")
+    assert run.finished
+    harm(run.model / name)
+    assert not run.finished
+    said = []
+    with pytest.raises(ValueError, match="has results, but no checkpoint to go on from"):
+        run.resumable_checkpoint(said.append)
+    assert "the model of the finished run is not whole" in said[0]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "7", "null", '{"finished": tr', "[" * 100_000, '{"finished": "yes"}', "\0\xff"]
+)
+def test_results_that_are_none(text, tmp_path):
+    run = RunFolder(tmp_path)
+    finish(run)
+    run.results_file.write_text(text)
+    assert not run.finished
+    with pytest.raises(ValueError, match=r"results\.json"):
+        report(run)
+
+
+NONSENSE = {
+    "step": [-5, 10**9, "x", 2.5, None, True],
+    "epoch": [-1, 10**9, "1"],
+    "batch": [-1, 10**9, 3],
+    "stage": [1, -1],
+    "sums": [[1], {"loss": float("nan")}, {"loss": "x"}],
+    "seconds": ["x", float("nan"), -1.0],
+    "skipped": [-9, 10**9],
+    "broken": [7, [7]],
+    "commit": [7],
+    "evil": [1],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in NONSENSE.items() for value in values])
+def test_progress_is_read_strictly(name, value, tmp_path):
+    file = tmp_path / "progress.json"
+    good = asdict(Progress(epoch=1, batch=2, step=7, seconds=3, sums={"loss": 1.0}, broken=["train row 1"]))
+    file.write_text(json.dumps(good))
+    Progress.read(file).check(stages=1, epochs=2, steps_per_epoch=5, accumulation=1)
+    file.write_text(json.dumps(good | {name: value}))
+    with pytest.raises(ValueError, match=r"progress\.json|beyond the recipe's end|it stands within|left out more"):
+        Progress.read(file).check(stages=1, epochs=2, steps_per_epoch=5, accumulation=1)
+
+
+def test_other_accumulation_continues_at_the_end_of_an_epoch_alone():
+    within = Progress(epoch=1, batch=4, step=9)
+    within.check(1, 3, 5, accumulation=1)
+    with pytest.raises(ValueError, match="it stands within an epoch"):
+        within.check(1, 3, 5, accumulation=2)
+    Progress(epoch=1, step=5).check(1, 3, 5, accumulation=2)
+
+
+def test_folder_of_a_run_that_was_killed_at_once_can_begin(tmp_path):
+    (tmp_path / ".recipe.yaml.partial").write_text("method: e")
+    (tmp_path / ".lock").touch()
+    run = RunFolder(tmp_path)
+    run.open(Recipe(), resume=True)
+    run.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize("name", [".lock", ".recipe.yaml.partial"])
+def test_links_lead_to_no_other_file(name, tmp_path):
+    (tmp_path / "precious").write_text("years of work")
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    (run.path / name).symlink_to(tmp_path / "precious")
+    if name == ".lock":
+        with pytest.raises(FileExistsError, match=r"\.lock is no lock but a link"):
+            run.open(Recipe())
+    else:
+        run.open(Recipe())
+        write_atomically(run.metrics_file, "x")
+        run.close()
+    assert (tmp_path / "precious").read_text() == "years of work"
+
+
+BOMB = "a: &a [x, x, x]\n" + "".join(
+    f"{b}: &{b} [*{a}, *{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [BOMB.encode(), "seed: 1".encode("utf-16"), b"method: \xe9", b"\0" * 9, b"[" * 20_000, b"x: " + b"y" * (2 << 20)],
+    ids=["bomb", "utf-16", "latin-1", "NUL", "deep", "huge"],
+)
+def test_recipe_files_of_strangers(content, tmp_path):
+    (tmp_path / "bad.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=r"bad\.yaml"):
+        read_yaml(tmp_path / "bad.yaml")
+
+
+def test_infinite_statistics_and_other_types_are_noticed(tmp_path):
+    norm = torch.nn.BatchNorm2d(3)
+    norm.running_var[1] = torch.inf
+    with pytest.raises(FloatingPointError, match="running_var"):
+        check_weights(norm)
+    state = norm.state_dict() | {"weight": torch.ones(3, dtype=torch.int8)}
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors holds weight as torch\.int8, not torch\.float32"):
+        check_saved(tmp_path / "model.safetensors", norm)
