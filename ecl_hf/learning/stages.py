@@ -7,7 +7,7 @@ import torch
 
 from ecl_hf.checks import require
 from ecl_hf.data.samplers import instance
-from ecl_hf.heads import describe_head
+from ecl_hf.heads import HEADS, describe_head
 from ecl_hf.methods.base import HeadContext, Method, Stage
 from ecl_hf.modeling_ecl import ECLForImageClassification
 
@@ -16,12 +16,13 @@ def begin_heads(model: ECLForImageClassification, stage: Stage, settings: Any) -
     """Give the experts the heads that a stage starts with."""
     if stage.heads == "keep":
         return
-    context = HeadContext(settings, torch.tensor(model.config.class_counts))
+    context = HeadContext(settings, torch.tensor(model.config.class_counts), model)
     for expert in model.experts:
         if stage.heads == "new":
             expert.head.reset_parameters()
         else:
             expert.head = stage.heads(expert.head, context).to(expert.head.weight.device)
+    _describe_heads(model)
 
 
 def fold_heads(model: ECLForImageClassification) -> None:
@@ -29,8 +30,14 @@ def fold_heads(model: ECLForImageClassification) -> None:
     for expert in model.experts:
         if hasattr(expert.head, "fold"):
             expert.head = expert.head.fold()
-    for name, value in describe_head(model.experts[0].head).items():
-        setattr(model.config, name, value)
+    _describe_heads(model)
+
+
+def _describe_heads(model: ECLForImageClassification) -> None:
+    """Put the kind of published heads into the configuration."""
+    if isinstance(model.experts[0].head, HEADS):
+        for name, value in describe_head(model.experts[0].head).items():
+            setattr(model.config, name, value)
 
 
 def published_copy(model: ECLForImageClassification) -> ECLForImageClassification:

@@ -174,11 +174,11 @@ class CollaborativeTask(nn.Module):
         inputs = [pixel_values, *(views[f"view_{n}"] for n in range(len(self.stage.views)))]
         if partner_pixel_values is not None:
             inputs.append(partner_pixel_values)
-        others, maps = [], None
+        others, branch_logits = [], None
         if self.stage.apart:
             logits, features = self._run_apart(inputs)
-        elif "maps" in self.stage.needs:
-            logits, features, maps = self._run_with_maps(pixel_values)
+        elif "branches" in self.stage.needs:
+            logits, features, branch_logits = self._run_with_branches(pixel_values)
         else:
             with self._trunk_learns():
                 output = self.model(inputs[0] if len(inputs) == 1 else torch.cat(inputs), output_features=True)
@@ -202,7 +202,7 @@ class CollaborativeTask(nn.Module):
                 labels=labels,
                 cls_logits=logits,
                 features=features,
-                maps=maps,
+                branch_logits=branch_logits,
                 log_prior_shift=self.log_prior_shift,
                 log_class_counts=self.log_class_counts,
                 ref_logits=ref_logits,
@@ -239,15 +239,17 @@ class CollaborativeTask(nn.Module):
         features, logits = zip(*(expert(x) for expert, x in zip(model.experts, inputs, strict=True)), strict=True)
         return torch.stack(logits), torch.stack(features)
 
-    def _run_with_maps(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [K, B, C], features [K, B, D], and the maps that these are pooled from."""
+    def _run_with_branches(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [K, B, C], features [K, B, D], and logits of the heads' branches on the encoders' last maps."""
         model = self.model
         inputs = pixel_values if model.trunk is None else model.trunk(pixel_values)
-        maps = [expert.backbone.forward_features(inputs) for expert in model.experts]
-        pairs = zip(model.experts, maps, strict=True)
-        features = [expert.backbone.forward_head(each, pre_logits=True) for expert, each in pairs]
-        logits = [expert.head(each) for expert, each in zip(model.experts, features, strict=True)]
-        return torch.stack(logits), torch.stack(features), torch.stack(maps)
+        logits, features, branches = [], [], []
+        for expert in model.experts:
+            maps = expert.backbone.forward_features(inputs)
+            features.append(expert.backbone.forward_head(maps, pre_logits=True))
+            logits.append(expert.head(features[-1]))
+            branches.append(expert.head.branches(maps))
+        return torch.stack(logits), torch.stack(features), torch.stack(branches)
 
     @torch.no_grad()
     def _ask_teacher(self, pixel_values: Tensor) -> ViewOutputs:

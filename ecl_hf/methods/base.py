@@ -53,7 +53,7 @@ class TaskOutputs:
         labels: [B].
         cls_logits: raw logits of the classification heads, [K, B, C].
         features: pooled backbone features, [K, B, D].
-        maps: what these are pooled from, [K, B, D, H, W] for most convolutional encoders.
+        branch_logits: what the heads' `branches` make of the encoders' last maps, [K, R, B, C].
         log_prior_shift: `log p_s - log p_t`, [C].
         log_class_counts: [C]; an empty class counts as one picture.
         ref_logits: raw logits of the reference heads, [K, B, C].
@@ -77,7 +77,7 @@ class TaskOutputs:
     features: Tensor
     log_prior_shift: Tensor
     log_class_counts: Tensor
-    maps: Tensor | None = None
+    branch_logits: Tensor | None = None
     ref_logits: Tensor | None = None
     queries: Tensor | None = None
     keys: Tensor | None = None
@@ -189,7 +189,7 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     return tensor
 
 
-Branch = Literal["reference", "momentum", "teacher", "maps"]
+Branch = Literal["reference", "momentum", "teacher", "branches"]
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class Term:
         name: key in the logs.
         loss: unweighted loss of a forward.
         weight: of the addend: name of a setting, or a function of outputs and settings; None for 1.
-        needs: train-only branches that it reads, or the encoders' last maps.
+        needs: train-only branches that it reads; of the heads, where these have some.
         part: makes the train-only module of the term, `TaskOutputs.parts[name]`.
         two_labels: the loss is linear in the label (as every cross-entropy is): where a mixing gives pictures two
             labels, it is computed for both.
@@ -249,10 +249,11 @@ BACKBONES = Trains(lambda name: ".head." not in name)
 
 @dataclass(frozen=True)
 class HeadContext:
-    """What a train-only head is built from: the method's settings, and class counts [C]."""
+    """What a train-only head is built from: the method's settings, class counts [C], and the model that it is for."""
 
     settings: Any
     class_counts: Tensor
+    model: ECLForImageClassification | None = None
 
 
 @dataclass(frozen=True)

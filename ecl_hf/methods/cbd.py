@@ -72,7 +72,8 @@ def _features(out: TaskOutputs, _: CBDSettings) -> PerImage:
 
 
 def _embedded(out: TaskOutputs, _: CBDSettings) -> PerImage:
-    return PerImage(feature_losses(out.heads[0].embed(out.features[0]), out.teacher.features))
+    (features,) = losses.full_precision(out.features[0])
+    return PerImage(feature_losses(out.heads[0].embed(features), out.teacher.features))
 
 
 def _rest(_: TaskOutputs, settings: CBDSettings) -> float:

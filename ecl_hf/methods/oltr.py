@@ -6,16 +6,42 @@ the memory says of it, and measures how far the picture is from all classes (`EC
 Read: zhmiao/OpenLongTailRecognition-OLTR@f50e375 (loss/DiscCentroidsLoss.py, models/MetaEmbeddingClassifier.py,
 models/CosNormClassifier.py, layers/ModulatedAttLayer.py, run_networks.py, config/ImageNet_LT).
 
+Readings: without the modulated attention, which is made for maps of 7 x 7 and changes the encoder; the layer before the
+head is as wide as the features, and all but the layer, the memory and the selector goes on from the first stage.
+
 Published: ImageNet-LT 35.6 with ResNet-10; what is quoted for ResNet-50 and iNaturalist 2018 are others' runs.
 """
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from ecl_hf.checks import require
+from ecl_hf.data.samplers import class_aware
+from ecl_hf.heads import ECLMemoryHead, ECLNeckHead
 from ecl_hf.losses import full_precision
+from ecl_hf.methods.base import EpochContext, HeadContext, Method, Part, PartsContext, Stage, TaskOutputs, Term
+from ecl_hf.methods.decoupling import ONE_LINEAR, class_means
+from ecl_hf.methods.settings import Settings
+from ecl_hf.methods.terms import CROSS_ENTROPY
 
 MARGIN = 10.0
 REPEL = 0.01
 """Mean squared distance from other classes' centroids up to which they repel, and the weight of that."""
+
+
+@dataclass(kw_only=True)
+class OLTRSettings(Settings):
+    """Of the second stage, with the memory."""
+
+    centroid_weight: float = 0.01
+    """Weight of the discriminative centroids loss."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.centroid_weight >= 0, f"loss.centroid_weight must not be negative, got {self.centroid_weight}")
 
 
 def centroid_loss(features: Tensor, labels: Tensor, centroids: Tensor, weight: float) -> Tensor:
@@ -46,3 +72,60 @@ def centroid_loss(features: Tensor, labels: Tensor, centroids: Tensor, weight: f
     in_batch = labels.bincount(minlength=classes)[labels]
     pull = ((own - features.detach()).square().sum(-1) / (1 + in_batch)).sum() / (2 * size)
     return weight * (attract + repel) + pull - pull.detach()
+
+
+def with_memory(head: nn.Linear, _: HeadContext) -> ECLNeckHead:
+    """The head of the second stage: a new layer, and a memory whose class probabilities are those of the first head."""
+    classifier = ECLMemoryHead(head.in_features, head.out_features, scale=16.0)
+    classifier.probabilities.load_state_dict(head.state_dict())
+    return ECLNeckHead(head.in_features, classifier)
+
+
+class Memory(Part):
+    """Begins the second stage with the class means of the training set as its centroids."""
+
+    def __init__(self, _: PartsContext) -> None:
+        super().__init__()
+
+    @torch.no_grad()
+    def before_epoch(self, context: EpochContext) -> None:
+        """Before the first epoch, look at all pictures."""
+        if context.time.epoch == 0:
+            head = context.model.experts[0].head
+            labels, _, features = context.predict()
+            seen = labels >= 0
+            embedded = head.embed(features[seen, 0].to(head.neck.weight)).cpu()
+            means = class_means(embedded, labels[seen], head.out_features)
+            head.classifier.memory.copy_(means.nan_to_num())  # of a class without pictures, nothing is known
+
+
+def _centroids(out: TaskOutputs, settings: OLTRSettings) -> Tensor:
+    (features,) = full_precision(out.features[0])
+    head = out.heads[0]
+    return centroid_loss(head.embed(features), out.labels, head.classifier.memory, settings.centroid_weight)
+
+
+def _rates(name: str, *_: Any) -> float:
+    """The encoder and the centroids move at a tenth of the head's learning rate."""
+    return 0.1 if ".head." not in name or name.endswith(".memory") else 1.0
+
+
+CENTROIDS = Term("centroids", _centroids, part=Memory, whole_batch=True)
+
+METHODS = {
+    "oltr": Method(
+        (
+            Stage((CROSS_ENTROPY,), "representation", share=1 / 3),
+            Stage(
+                (CROSS_ENTROPY, CENTROIDS),
+                "memory",
+                class_aware(4),
+                heads=with_memory,
+                share=2 / 3,
+                lr_factor=_rates,
+            ),
+        ),
+        OLTRSettings,
+        **ONE_LINEAR,
+    )
+}

@@ -5,9 +5,10 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from ecl_hf import losses
+from ecl_hf import ECLConfig, ECLForImageClassification, losses
 from ecl_hf.heads import ECLMemoryHead
-from ecl_hf.methods.oltr import centroid_loss
+from ecl_hf.methods.base import EpochContext, HeadContext, PartsContext, Time
+from ecl_hf.methods.oltr import Memory, OLTRSettings, centroid_loss, with_memory
 from tests.methods.comparing import agrees, tensors
 
 
@@ -75,3 +76,28 @@ def test_the_answer_is_that_of_the_enriched_feature(values):
 def test_a_feature_on_its_centroid_has_finite_logits():
     head = ECLMemoryHead(4, 3, scale=16.0)
     assert head(head.memory).isfinite().all()
+
+
+def test_the_memory_begins_with_the_class_means_behind_the_new_layer():
+    config = ECLConfig(architecture="resnet20_cifar", num_experts=1, class_counts=[4, 2, 0])
+    model = ECLForImageClassification(config)
+    first = model.experts[0].head
+    head = model.experts[0].head = with_memory(first, HeadContext(OLTRSettings(), torch.tensor([4, 2, 0])))
+    assert torch.equal(head.classifier.probabilities.weight, first.weight)
+    labels = torch.tensor([0, 0, 1, 0, -1, 1, 0])
+    features = torch.randn(7, 1, 64)
+    part = Memory(PartsContext(model, OLTRSettings(), torch.tensor([4, 2, 0]), labels))
+
+    def context(epoch):
+        counts = torch.tensor([4, 2, 0])
+        return EpochContext(Time(epoch, 3), model, OLTRSettings(), counts, lambda: (labels, None, features))
+
+    part.before_epoch(context(0))
+    embedded = F.relu(F.linear(features[:, 0], head.neck.weight, head.neck.bias))
+    for c in (0, 1):
+        assert_close(head.classifier.memory[c], embedded[labels == c].mean(0))
+    assert (head.classifier.memory[2] == 0).all()
+    before = head.classifier.memory.clone()
+    features = features + 1
+    part.before_epoch(context(1))  # afterwards only the loss moves them
+    assert torch.equal(head.classifier.memory, before)

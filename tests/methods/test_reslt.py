@@ -8,8 +8,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from ecl_hf import losses
-from ecl_hf.methods.reslt import branch_losses, folded_classifier, nested_classes
+from ecl_hf import ECLConfig, ECLForImageClassification, losses
+from ecl_hf.heads import ECLHead
+from ecl_hf.learning.stages import begin_heads, fold_heads
+from ecl_hf.learning.task import CollaborativeTask
+from ecl_hf.methods import METHODS
+from ecl_hf.methods.reslt import ResLTSettings, branch_losses, folded_classifier, nested_classes
 from tests.methods.comparing import agrees, tensors
 
 
@@ -74,3 +78,40 @@ def test_folded_classifier_is_the_sum_of_the_branches():
     offsets = torch.stack([norm.bias - norm.running_mean * g for norm, g in zip(norms, scales, strict=True)])
     weight, bias = folded_classifier(classifier.weight, classifier.bias, scales, offsets)
     assert_close(F.linear(maps.mean((-2, -1)), weight, bias), expected)
+
+
+def build(architecture="resnet20_cifar"):
+    config = ECLConfig(architecture=architecture, num_experts=1, class_counts=[9, 5, 2])
+    model = ECLForImageClassification(config)
+    begin_heads(model, METHODS["reslt"].stages[0], ResLTSettings())
+    return model
+
+
+def test_branches_normalise_the_last_map_and_count_it_once():
+    """The loss of a training step, by hand; then the folded head gives what the branches' sum gave."""
+    model = build()
+    task = CollaborativeTask(
+        model, METHODS["reslt"], ResLTSettings(branch_weight=0.7, medium=2 / 3, tail=1 / 3)
+    ).train()
+    images, labels = torch.randn(6, 3, 16, 16), torch.tensor([0, 0, 0, 1, 1, 2])
+    loss = task(images, labels)["loss"]
+    head, norms = model.experts[0].head.head, model.experts[0].head.norms
+    assert [int(norm.num_batches_tracked) for norm in norms] == [1, 1, 1]
+    maps = model.experts[0].backbone.forward_features(images)
+    logits = torch.stack([head(norm(maps).mean((-2, -1))) for norm in norms])
+    classes = torch.tensor([[True, True, True], [False, True, True], [False, False, True]])
+    assert_close(loss, total_loss(logits, labels, classes, 0.7))
+
+    model.eval()
+    with torch.no_grad():
+        maps = model.experts[0].backbone.forward_features(images)
+        expected = model.experts[0].head.branches(maps).sum(0)
+        assert_close(model(images).logits, expected)
+        fold_heads(model)
+        assert type(model.experts[0].head) is ECLHead
+        assert_close(model(images).logits, expected)
+
+
+def test_an_encoder_that_averages_no_map_is_refused():
+    with pytest.raises(ValueError, match="test_vit averages none"):
+        build("test_vit")
