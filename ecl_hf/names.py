@@ -38,7 +38,7 @@ def readable(text: str, most: int = 4000) -> str:
 
 def in_markdown(text: str) -> str:
     """A name as plain text of a Markdown page, also within a table; no mark, link or tag comes out of it."""
-    marks = re.sub(r"([\\`*_{}\[\]()#+!|~$-])", r"\\\1", html.escape(printable(text), quote=False))
+    marks = re.sub(r"([\\`*_\[\]#!|~$])", r"\\\1", html.escape(printable(text), quote=False))
     return marks.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")
 
 

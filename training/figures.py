@@ -27,6 +27,7 @@ from jsonargparse import ArgumentParser
 from matplotlib.figure import Figure
 
 from ecl_hf.evidence import plots
+from ecl_hf.names import printable
 from ecl_hf.runs.folder import RunFolder, write_atomically
 
 EVALUATE = Path(__file__).with_name("evaluate.py")
@@ -171,7 +172,7 @@ def of_runs(runs: dict[str, Evidence], *names: str) -> dict[str, Any]:
 def draw_all(runs: dict[str, Evidence], tables: dict[str, list[dict[str, str]]]) -> dict[str, Figure]:
     """Every figure for which there is something to draw, in the order and by the names of `TEXTS`."""
     first = next(iter(runs.values())).evaluation
-    counts, names = first["class_counts"], first["class_names"]
+    counts, names = first["class_counts"], [printable(name, 30) for name in first["class_names"]]
     tests = {run: evidence.evaluation for run, evidence in runs.items()}
     predicted = {run: matrix.sum(0) for run, matrix in of_runs(runs, "confusion").items()}
     tested = next((matrix.sum(1) for matrix in of_runs(runs, "confusion").values()), [])

@@ -1,6 +1,5 @@
 """What goes to the Hub beside the weights: model cards, one expert as a plain timm model, ONNX files, uploads."""
 
-import html
 import importlib.util
 import json
 import os
@@ -21,6 +20,7 @@ from ecl_hf.configuration_ecl import ECLConfig
 from ecl_hf.evidence.metrics import shot_groups
 from ecl_hf.heads import ECLHead
 from ecl_hf.modeling_ecl import ECLForImageClassification
+from ecl_hf.names import in_markdown, printable
 from ecl_hf.repository import explain_hub_errors, upload_directory
 
 METRICS = {
@@ -60,7 +60,7 @@ def _last_name(path: str | None) -> str | None:
 
 def _cell(text: str) -> str:
     """A class name as it can stand in a table of a card."""
-    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+    return in_markdown(text)
 
 
 def _eval_results(results: dict[str, Any], dataset: str | None, expert: int | None) -> list[EvalResult]:
@@ -172,7 +172,7 @@ def write_card(
 
         plot = "class_counts.png"
         names = [config.id2label[c] for c in range(config.num_labels)]
-        plot_class_histogram(config.class_counts, names).savefig(directory / plot, dpi=150)
+        plot_class_histogram(config.class_counts, [printable(n, 30) for n in names]).savefig(directory / plot, dpi=150)
     model_card(template, config, results, plot=plot, **kwargs).save(directory / "README.md")
 
 

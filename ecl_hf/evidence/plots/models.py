@@ -30,7 +30,8 @@ def plot_training(runs: Runs) -> Figure:
     for term, axes in zip(terms, panels, strict=True):
         for colour, (name, lines) in zip(cycle(COLOURS), runs.items(), strict=False):
             points = [(line["epoch"], line[term]) for line in lines if term in line]
-            axes.plot(*zip(*points, strict=True) if points else ([], []), color=colour, label=name)
+            marker = "o" if len(points) == 1 else None  # a line through a single point is none
+            axes.plot(*zip(*points, strict=True) if points else ([], []), color=colour, label=name, marker=marker)
         axes.set_title(term)
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
