@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -90,6 +90,15 @@ def say(text: str) -> None:
     """Print above a progress bar, and at once where the output goes to a file."""
     tqdm.write(text)
     sys.stdout.flush()
+
+
+def with_gaps(tensor: torch.Tensor, left_out: Sequence[int]) -> torch.Tensor:
+    """Rows of what was left out put back, [M, ...] -> [N, ...]: -1 for whole numbers, else 0."""
+    whole = tensor.new_full((len(tensor) + len(left_out), *tensor.shape[1:]), 0 if tensor.is_floating_point() else -1)
+    there = torch.ones(len(whole), dtype=torch.bool)
+    there[list(left_out)] = False
+    whole[there] = tensor
+    return whole
 
 
 class Session:
@@ -313,6 +322,7 @@ class Session:
         """Give the heads of a new stage the class means to start from, if the recipe asks for them."""
         if self.recipe.model.head_init == "class_means" and not self.recipe.data.streaming:
             labels, _, features = self._predict_training_set(self.model)
+            labels, features = labels[labels >= 0], features[labels >= 0]
             heads = [[expert.head for expert in self.model.experts], self.plain.references or []]
             for head, vectors in ((head, features[:, k]) for part in heads for k, head in enumerate(part)):
                 start_at_class_means(head, vectors, labels)
@@ -396,10 +406,14 @@ class Session:
         return self._predict_training_set(self.teacher)
 
     def _predict_training_set(self, model: torch.nn.Module) -> tuple[torch.Tensor, ...]:
-        """Labels [N], logits [N, K, C] and features [N, K, D] in the evaluation view, the same in every process."""
+        """Labels [N], logits [N, K, C] and features [N, K, D] in the evaluation view, the same in every process.
+
+        Pictures that can't be decoded have the label -1.
+        """
         found = self._predict("train", model)
         self.task.train()
-        return found.labels, found.expert_logits, found.features
+        tensors = (found.labels, found.expert_logits, found.features)
+        return tensors if not found.left_out else tuple(with_gaps(tensor, found.left_out) for tensor in tensors)
 
     def _predict(self, part: str, model: torch.nn.Module) -> Predictions:
         """What a model makes of the training or validation pictures in the evaluation view."""

@@ -117,6 +117,7 @@ class ClassAccuracy(Part):
     def after_epoch(self, context: EpochContext) -> None:
         """Look at all training pictures once."""
         labels, logits, _ = context.predict()
+        labels, logits = labels[labels >= 0], logits[labels >= 0]
         right = logits.mean(1).argmax(-1) == labels
         pictures = torch.bincount(labels, minlength=len(self.accuracy))
         found = torch.bincount(labels[right], minlength=len(self.accuracy)) / pictures.clamp_min(1)

@@ -214,3 +214,10 @@ def test_training_and_test_go_on_without_broken_pictures(tree, capsys):
     assert tested["test"] == results["test"]
     assert tested["broken_pictures"]["test"] == 1
     assert "1 test images could not be decoded and are left out:\ntest row 4, ant/4.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["tde_idr", "ncm", "tcl"])
+def test_methods_that_look_at_all_training_pictures_leave_broken_ones_out(tree, method):
+    flags = [*TINY, f"--method={method}", f"--data.path={tree / 'data'}", "--data.on_error=skip"]
+    run = train.main([*flags, f"--output_dir={tree / 'run'}"])
+    assert json.loads((run / "results.json").read_text())["finished"]
