@@ -179,11 +179,13 @@ def main(argv: Sequence[str] | None = None) -> list[list[dict[str, str | float]]
             write_answers(args.output, names, answers)
             print(f"{args.output}: {len(answers)} pictures")
     if not args.output:
-        print(f"\n{'picture':24}prediction of {source}")
-        for name, best in zip(names, answers, strict=True):
+        shown_names = [printable(name, 300) for name in names]
+        width = 2 + max(map(len, ["picture", *shown_names]))
+        print(f"\n{'picture':{width}}prediction of {source}")
+        for name, best in zip(shown_names, answers, strict=True):
             differ = f"  disagreement {best[0]['disagreement']:.3f}" if args.disagreement else ""
             classes = "  ".join(f"{printable(answer['label'])} {answer['score']:.2f}" for answer in best)
-            print(f"{printable(name, 300):24}" + classes + differ)
+            print(f"{name:{width}}" + classes + differ)
     if broken:
         print("\n".join([f"{len(broken)} pictures could not be decoded:", *(printable(b, 300) for b in broken)]))
     return answers

@@ -64,6 +64,16 @@ def test_picture_files_of_any_mode(run, tmp_path):
     assert answers[0] == answers[2]
 
 
+def test_a_long_path_does_not_run_into_the_answer(run, tmp_path, capsys):
+    files = [tmp_path / f"{'long' * 20}.png", tmp_path / "a.png"]
+    for file in files:
+        Image.new("RGB", (8, 8)).save(file)
+    answers = predict.main([f"--run={run}", *map(str, files)])
+    lines = capsys.readouterr().out.splitlines()
+    for file, [best, *_] in zip(files, answers, strict=True):
+        assert any(re.fullmatch(rf"\S*{file.name}  +{best['label']} \d\.\d\d.*", line) for line in lines)
+
+
 def test_flip_and_disagreement_on_request(run, tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
     for name, picture in (("a", pixels), ("b", pixels[:, ::-1])):
