@@ -164,15 +164,17 @@ class Session:
         set_seed(recipe.seed)
         counts, names = self.data.class_counts, self.data.class_names
         self.model = initialise_model(recipe.model, self.method, counts, names, recipe.loss)
-        describe_model(self.model)
         self.encoder = None
+        if recipe.model.tune != "head":
+            self._save_memory()
+        describe_model(self.model)
         if recipe.model.tune == "head":
             where = {"pretrained": recipe.model.pretrained, "streaming": recipe.data.streaming}
             check_kept_features(self.method, recipe.method, **where)
             self.encoder = FrozenEncoder(self.model)
+            self._save_memory()
         self.train_set = self._train_set()
         self._build(0)
-        self._save_memory()
         self.environment = describe_environment(self.processes, accelerator.device)
         if recipe.hub.push and accelerator.is_main_process:
             check_upload(recipe.hub.repo_id, recipe.hub.private or None)

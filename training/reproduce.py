@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,9 @@ class Cell:
     @property
     def reduced(self) -> bool:
         """Whether the reduction says anything: NCL is always summed, a single network has nothing to reduce."""
-        return METHODS[self.method].max_experts is None and self.method != "ncl"
+        method = METHODS[self.method]
+        reducible = "sup_reduction" in {item.name for item in fields(method.settings)}
+        return reducible and method.experts.most is None and self.method != "ncl"
 
     @property
     def name(self) -> str:
@@ -115,7 +117,7 @@ def changed(cell: Cell, recipe: Recipe, **settings: Any) -> Cell:
     """The cell with other settings; those that are the recipe's own leave its name as it is."""
     own = {
         "gamma": (recipe.data.imbalance_factor, ("data.imbalance_factor",)),
-        "k": (recipe.model.num_experts, ("model.num_experts",)),
+        "k": (METHODS[cell.method].num_experts(recipe.model.num_experts), ("model.num_experts",)),
         "share": (recipe.model.share_stages or 0, ("model.share_stages",)),
         "alpha": (recipe.loss.alpha_logit, ("loss.alpha_logit", "loss.alpha_feature")),
         "beta": (recipe.loss.beta, ("loss.beta",)),
@@ -202,7 +204,7 @@ def estimate(args: Namespace, recipe_name: str, cell: Cell) -> str:
     for file in files:
         result = read_results(file)
         recipe = result["recipe"]
-        experts = METHODS[cell.method].experts(changes.get("model.num_experts", recipe["model"]["num_experts"]))
+        experts = METHODS[cell.method].num_experts(changes.get("model.num_experts"))
         like = recipe["method"] == cell.method and len(result["test"]["plain"]["experts"]) == experts
         if not like or not result["finished"]:
             continue

@@ -324,7 +324,7 @@ class RunFolder:
                 say(f"damaged checkpoint {defects[-1]}; looking for the one before")
         if defects:
             raise ValueError(f"no checkpoint is whole ({'; '.join(defects)}); delete them to start again")
-        if self.results_file.exists():
+        if self._said_finished:
             raise ValueError(f"{self.path} has results, but no checkpoint to go on from; choose another output_dir")
         return None
 

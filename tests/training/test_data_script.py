@@ -274,7 +274,7 @@ def test_class_names_reach_the_pipeline(pictures, tmp_path, capsys):
     """An own folder, cut with a named split, through training to the prediction of a file."""
     split = build(pictures, tmp_path / "split")
     flags = ["--model.architecture=resnet20_cifar", "--model.image_size=16", "--batch_size=4", "--epochs=1"]
-    flags += ["--data.imbalance_factor=4", "--method=bc", "--model.num_experts=2"]
+    flags += ["--data.imbalance_factor=4", "--method=bc_ensemble", "--model.num_experts=2"]
     AcceleratorState._reset_state(reset_partial_state=True)
     run = train.main(
         [f"--data.path={pictures}", f"--data.split={split.path}", *flags, f"--output_dir={tmp_path / 'run'}"]

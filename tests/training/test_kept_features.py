@@ -88,7 +88,7 @@ def test_interrupted_run_on_kept_features_is_the_uninterrupted_one(train, monkey
     whole = train("whole", *flags)
     steps = json.loads((whole / "metrics.jsonl").read_text().splitlines()[0])["step"]
     train("parts", *flags, f"--train.max_steps={steps + 2}")
-    monkeypatch.setattr("train.encode", None)  # what was kept is read
+    monkeypatch.setattr("ecl_hf.session.encode", None)  # what was kept is read
     assert_same_run(whole, train("parts", *flags, "--resume"))
 
 

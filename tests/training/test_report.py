@@ -89,8 +89,8 @@ def test_scores_of_the_report_are_those_of_the_evaluation(report):
     cells = re.findall(r"<td[^>]*>([^<]*)</td>", report.read_text())
     first = cells.index("ensemble") - 1
     ensemble = test["plain"]["ensemble"]
-    expected = [f"{100 * ensemble[key]:.1f}" for key in ("top1", "top5", "many", "medium", "few", "ece")]
-    assert cells[first : first + 9] == ["ECL", "ensemble", "no", *expected]
+    expected = [f"{100 * ensemble[key]:.1f}" for key in figures.SCORES]
+    assert cells[first : first + 3 + len(figures.SCORES)] == ["ECL", "ensemble", "no", *expected]
     best = max(expert["top1"] for expert in test["flip"]["experts"])
     row = cells.index("best expert", cells.index("yes"))
     assert cells[row + 2] == f"{100 * best:.1f}"

@@ -91,7 +91,7 @@ def test_every_cell_is_a_valid_recipe_with_a_name_of_its_own(target):
     for cell in cells.values():
         assert cell.method in METHODS
         parser = ArgumentParser(exit_on_error=False)
-        Recipe.add_arguments(parser)
+        Recipe.add_arguments(parser, cell.method)
         Recipe.from_arguments(parser, parser.parse_args(cell.flags))
 
 
