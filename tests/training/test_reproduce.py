@@ -16,6 +16,7 @@ from train import main as train
 
 from ecl_hf.evidence import tables
 from ecl_hf.methods import METHODS
+from ecl_hf.runs.checkpoints import seal
 from ecl_hf.runs.folder import RunFolder
 from ecl_hf.runs.recipe import Recipe
 
@@ -170,7 +171,9 @@ def test_shards_part_the_runs(tiny, capsys):
 
 def test_dry_run_copies_no_result(tmp_path, tiny, capsys):
     run = RunFolder(tmp_path / "runs" / "tiny" / "ecl-mean" / "seed0")
-    run.path.mkdir(parents=True)
+    run.model.mkdir(parents=True)
+    (run.model / "config.json").write_text("{}")
+    seal(run.model)
     run.results_file.write_text(json.dumps(made_up(0, experts=(0.4, 0.4, 0.4)) | {"finished": True}))
     assert run.finished
     reproduce.main(["fig4", *tiny, "--dry_run", "--seeds", "0"])
