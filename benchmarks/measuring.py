@@ -187,13 +187,13 @@ def ecl_step(
         out = (wrapped or task)(**batch)
         with around_backward():
             out["loss"].backward()
-        check.add(out, gather(out["keys"]), positions)
+        check.add(out, (gather(out["keys"]), gather(batch["labels"])), positions)
         finite, _ = check.judge()
         if not finite:
             raise FloatingPointError("the made-up batch has led to numbers that are not finite")
         optimizer.step()
         optimizer.zero_grad()
-        task.enqueue(torch.cat(check.keys))
+        task.enqueue(torch.cat(check.keys), torch.cat(check.labels))
         task.follow()
         check.begin()
 
