@@ -17,7 +17,7 @@ from typing import Any
 import datasets
 import torch
 from loading import MEAN, STD, made_up_files
-from measuring import add_sizes, build_task, ecl_step, finish, in_turn, made_up_batch, new_parser, table
+from measuring import add_sizes, build_task, finish, in_turn, made_up_batch, new_parser, optimiser_step, table
 from tqdm import tqdm
 
 from ecl_hf.data.loaders import ViewDataset, train_loader
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     datasets.disable_progress_bars()
     device = torch.device(args.device)
     batch = made_up_batch(args.batch_size, args.image_size, args.num_classes, device)
-    step = ecl_step(build_task(args.architecture, args.num_experts, args.num_classes, device), batch)
+    step = optimiser_step(build_task(args.architecture, args.num_experts, args.num_classes, device), batch)
     seconds = in_turn({"step": step}, device, args.rounds, args.warmup)["step"]
     need = args.batch_size / statistics.median(seconds)
 

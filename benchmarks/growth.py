@@ -15,12 +15,12 @@ from measuring import (
     Step,
     add_sizes,
     build_task,
-    ecl_step,
     finish,
     floor_step,
     in_turn,
     made_up_batch,
     new_parser,
+    optimiser_step,
     ratio,
     table,
 )
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         width = task.model.experts[0].head.in_features
         steps = {
             "floor": floor_step(*sizes, batch),
-            "ECL": ecl_step(task, batch),
+            "ECL": optimiser_step(task, batch),
             "distillation": distillation_step(setting["K"], setting["C"], batch["labels"], width),
         }
         seconds = in_turn(steps, device, args.rounds, args.warmup)

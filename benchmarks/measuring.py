@@ -149,18 +149,22 @@ def floor_step(architecture: str, num_experts: int, num_classes: int, batch: Bat
     return step
 
 
+def long_tail(num_classes: int) -> list[int]:
+    """Class counts that fall from 500 to 5, as those of CIFAR-100-LT."""
+    return [max(1, int(500 * 0.01 ** (c / max(1, num_classes - 1)))) for c in range(num_classes)]
+
+
 def build_task(
     architecture: str, num_experts: int, num_classes: int, device: torch.device, queue_size: int = 1024
 ) -> CollaborativeTask:
     """ECL with a long tail of classes, ready to train."""
-    counts = [max(1, int(500 * 0.01 ** (c / max(1, num_classes - 1)))) for c in range(num_classes)]
-    config = ECLConfig(architecture=architecture, num_experts=num_experts, class_counts=counts)
+    config = ECLConfig(architecture=architecture, num_experts=num_experts, class_counts=long_tail(num_classes))
     losses = ECLSettings(sup_reduction="sum", queue_size=queue_size)
     task = CollaborativeTask(ECLForImageClassification(config), METHODS["ecl"], losses)
     return task.to(device, memory_format=torch.channels_last).train()
 
 
-def ecl_step(
+def optimiser_step(
     task: CollaborativeTask,
     batch: Batch,
     wrapped: Callable[..., dict[str, Any]] | None = None,
@@ -171,7 +175,7 @@ def ecl_step(
     """What `training/train.py` does with a batch: forward, backward, check, SGD, queues, key encoders.
 
     Args:
-        task: of `build_task`.
+        task: of `build_task`, for instance.
         batch: of `made_up_batch`.
         wrapped: the task as it is called, by several processes or in mixed precision.
         gather: keys of all processes.
@@ -187,13 +191,15 @@ def ecl_step(
         out = (wrapped or task)(**batch)
         with around_backward():
             out["loss"].backward()
-        check.add(out, (gather(out["keys"]), gather(batch["labels"])), positions)
+        keys = None if out["keys"] is None else (gather(out["keys"]), gather(batch["labels"]))
+        check.add(out, keys, positions)
         finite, _ = check.judge()
         if not finite:
             raise FloatingPointError("the made-up batch has led to numbers that are not finite")
         optimizer.step()
         optimizer.zero_grad()
-        task.enqueue(torch.cat(check.keys), torch.cat(check.labels))
+        if check.keys:
+            task.enqueue(torch.cat(check.keys), torch.cat(check.labels))
         task.follow()
         check.begin()
 

@@ -27,12 +27,12 @@ from measuring import (
     Step,
     add_sizes,
     build_task,
-    ecl_step,
     finish,
     floor_step,
     in_turn,
     made_up_batch,
     new_parser,
+    optimiser_step,
     ratio,
     table,
 )
@@ -58,7 +58,7 @@ def saving_step(sizes: tuple[str, int, int], batch: dict[str, torch.Tensor], mod
     task = build_task(*sizes, batch["labels"].device, queue_size)
     for save in MODES[mode]:
         save(task.model)
-    return ecl_step(task, batch, around_backward=partial(counted_once, task) if MODES[mode] else nullcontext)
+    return optimiser_step(task, batch, around_backward=partial(counted_once, task) if MODES[mode] else nullcontext)
 
 
 def resident(peak: bool = False) -> int:

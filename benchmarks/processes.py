@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from measuring import add_sizes, build_task, ecl_step, finish, in_turn, made_up_batch, new_parser, table
+from measuring import add_sizes, build_task, finish, in_turn, made_up_batch, new_parser, optimiser_step, table
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -49,7 +49,7 @@ def train(rank: int, processes: int, port: int, sizes: dict[str, Any], answers: 
         sent["checks"] += flags.nbytes
         return flags
 
-    step = ecl_step(task, batch, wrapped, gather, reduce)
+    step = optimiser_step(task, batch, wrapped, gather, reduce)
     for _ in range(sizes["warmup"]):
         step()
     sent.update(dict.fromkeys(sent, 0))

@@ -30,12 +30,12 @@ from measuring import (
     Step,
     add_sizes,
     build_task,
-    ecl_step,
     finish,
     floor_step,
     in_turn,
     made_up_batch,
     new_parser,
+    optimiser_step,
     ratio,
     table,
 )
@@ -157,16 +157,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     steps = {
         "floor": floor_step(*sizes, batch),
         "convolutions alone": convolutions_step(args.architecture, args.num_experts, batch),
-        "ECL": ecl_step(build_task(*sizes, device), batch),
+        "ECL": optimiser_step(build_task(*sizes, device), batch),
         NESTED: nested_step(*sizes, batch),
     }
     if args.bfloat16:
         task = build_task(*sizes, device)
-        steps["ECL, bfloat16"] = ecl_step(task, batch, torch.autocast(device.type, torch.bfloat16)(task.forward))
+        steps["ECL, bfloat16"] = optimiser_step(task, batch, torch.autocast(device.type, torch.bfloat16)(task.forward))
     if args.compile:
         compiled = build_task(*sizes, device)
         compiled.compile_encoders()
-        steps["ECL, compiled"] = ecl_step(compiled, batch)
+        steps["ECL, compiled"] = optimiser_step(compiled, batch)
     seconds = in_turn(steps, device, args.rounds, args.warmup)
 
     rows = []

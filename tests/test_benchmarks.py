@@ -3,6 +3,7 @@
 import json
 import math
 
+import architectures
 import feeding
 import growth
 import imports
@@ -43,6 +44,7 @@ def numbers(tree):
 
 SCRIPTS = {
     "training_step": (training_step, [*TINY, "--compile=false"]),
+    "architectures": (architectures, [*TINY, "--methods=[ride,bbn,balpoe,ncl,mdcs]"]),
     "inference": (inference, [*TINY, "--compile=false", "--images=3"]),
     "memory": (memory, [*TINY, "--experts=[1]"]),
     "growth": (
