@@ -1,4 +1,4 @@
-"""The equations of the paper as pure functions, the losses of NCL, which ECL extends, and what other methods share.
+"""The equations of the paper as pure functions, and what several methods share.
 
 Stacked inputs have the expert first: K experts, B images, C classes, D feature channels, P projection channels, Q queue
 slots. Half-precision inputs are computed in float32; a caller under autocast switches it off around these functions.
@@ -246,59 +246,6 @@ def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> T
     """
     similarities = key_similarities(query, key, queue) / temperature
     return F.cross_entropy(similarities, torch.zeros(len(query), dtype=torch.long, device=query.device))
-
-
-def hard_categories(logits: Tensor, labels: Tensor, num_hard: int) -> Tensor:
-    """NCL's hard category mining: the label and the classes with the largest logits, `num_hard` in all.
-
-    Args:
-        logits: raw logits, [B, C].
-        labels: class indices, [B].
-        num_hard: classes to keep, 1..C.
-
-    Returns:
-        Boolean mask, [B, C].
-    """
-    ranked = logits.detach().scatter(-1, labels[:, None], float("inf")).topk(num_hard, dim=-1).indices
-    return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, ranked, True)
-
-
-def nested_cross_entropy(cls_logits: Tensor, labels: Tensor, log_class_counts: Tensor, hard: Tensor) -> Tensor:
-    """NCL's individual learning: balanced cross-entropy over all classes plus over the hard ones, summed over experts.
-
-    As published, the prior is the log of the raw class counts, and classes outside `hard` have the logit 0 (not -inf).
-
-    Args:
-        cls_logits: raw logits, [K, B, C].
-        labels: class indices, [B].
-        log_class_counts: [C].
-        hard: mask of the hard classes, shared by all experts, [B, C].
-
-    Returns:
-        Sum over experts of the means over the batch, [].
-    """
-    (cls_logits,) = full_precision(cls_logits)
-    adjusted = cls_logits + log_class_counts
-    both = torch.stack([adjusted, adjusted * hard])
-    return F.cross_entropy(both.flatten(0, 2), labels.repeat(2 * len(cls_logits)), reduction="sum") / len(labels)
-
-
-def nested_distillation(cls_logits: Tensor, log_class_counts: Tensor, hard: Tensor) -> Tensor:
-    """NCL's nested online distillation over all classes and over the hard ones, on prior-adjusted logits.
-
-    As published, summed over ordered pairs and divided by K - 1; gradient reaches both arguments.
-
-    Args:
-        cls_logits: raw logits, [K, B, C].
-        log_class_counts: [C].
-        hard: mask of the hard classes, [B, C].
-
-    Returns:
-        [].
-    """
-    (cls_logits,) = full_precision(cls_logits)
-    adjusted = cls_logits + log_class_counts
-    return len(cls_logits) * (logit_distillation(adjusted) + logit_distillation(adjusted * hard))
 
 
 # Supervision that several methods share

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from ecl_hf import losses
+from ecl_hf.methods import ncl
 from tests import reference
 
 COUNTS = {2: [90, 10], 10: [500, 250, 120, 60, 33, 20, 9, 5, 2, 1]}
@@ -31,10 +32,6 @@ def labels_of(num_classes):
 
 def shift_of(counts, target=None):
     return torch.tensor(reference.prior_shift(counts, target), dtype=torch.double)
-
-
-def log_counts(num_classes):
-    return torch.tensor(COUNTS[num_classes], dtype=torch.double).log()
 
 
 def agrees(actual, expected, rtol=1e-9, atol=1e-12):
@@ -353,48 +350,11 @@ def test_info_nce_moves_the_query_only():
     agrees(query.grad, expected, rtol=1e-6, atol=1e-8)
 
 
-# NCL
-
-
-@pytest.mark.parametrize("num_hard", [1, 3, 9, 10])
-@pytest.mark.parametrize("scale", [1.0, 1e6])
-def test_hard_categories(num_hard, scale):
-    logits, labels = draw(20, 10, scale=scale).requires_grad_(), torch.arange(20) % 10
-    mask = losses.hard_categories(logits, labels, num_hard)
-    assert mask.dtype == torch.bool
-    assert mask.sum(-1).tolist() == [num_hard] * 20
-    assert mask.gather(-1, labels[:, None]).all()
-    chosen = [set(row.nonzero().flatten().tolist()) for row in mask]
-    assert chosen == [
-        reference.ncl_hard_categories(z, y, num_hard) for z, y in zip(logits.tolist(), labels.tolist(), strict=True)
-    ]
-
-
-@experts
-@pytest.mark.parametrize(("num_classes", "num_hard"), [(2, 1), (2, 2), (10, 1), (10, 3)])
-def test_ncl(num_experts, num_classes, num_hard):
-    logits, labels, counts = draw(num_experts, NUM_IMAGES, num_classes), labels_of(num_classes), COUNTS[num_classes]
-    hard = losses.hard_categories(logits[0], labels, num_hard)
-    arguments = logits.tolist(), LABELS[num_classes], counts, num_hard
-    actual = losses.nested_cross_entropy(logits, labels, log_counts(num_classes), hard)
-    agrees(actual, reference.ncl_cross_entropy(*arguments))
-    agrees(losses.nested_distillation(logits, log_counts(num_classes), hard), reference.ncl_distillation(*arguments))
-
-
-def test_ncl_teachers_learn_too():
-    logits, labels, counts = draw(3, 2, 4), torch.tensor([3, 1]), [9, 5, 2, 1]
-    hard = losses.hard_categories(logits[0], labels, 2)
-    log_counts = torch.tensor(counts, dtype=torch.double).log()
-    (actual,) = gradient(lambda z: losses.nested_distillation(z, log_counts, hard), logits)
-    expected = reference.gradient(lambda z: reference.ncl_distillation(z, [3, 1], counts, 2), logits.tolist())
-    agrees(actual, expected, rtol=1e-6, atol=1e-8)
-
-
 # Many classes, few bits: each loss as a function of scores [3, B, C]; float64 is what was tested above
 
 
 def hard_of(z, y):
-    return losses.hard_categories(z[0], y, max(1, z.shape[-1] // 3))
+    return ncl.hard_categories(z[0], y, max(1, z.shape[-1] // 3))
 
 
 LOSSES = {
@@ -403,8 +363,8 @@ LOSSES = {
     "logit_distillation_detached": lambda z, _y, _s: losses.logit_distillation(z, detach_teacher=True),
     "feature_distillation": lambda z, _y, _s: losses.feature_distillation(z, 0.5),
     "info_nce": lambda z, _y, _s: losses.info_nce(*z, 0.2),
-    "nested_cross_entropy": lambda z, y, shift: losses.nested_cross_entropy(z, y, shift, hard_of(z, y)),
-    "nested_distillation": lambda z, y, shift: losses.nested_distillation(z, shift, hard_of(z, y)),
+    "nested_cross_entropy": lambda z, y, shift: ncl.nested_cross_entropy(z, y, shift, hard_of(z, y)),
+    "nested_distillation": lambda z, y, shift: ncl.nested_distillation(z, shift, hard_of(z, y)),
 }
 every_loss = pytest.mark.parametrize("name", LOSSES)
 

@@ -12,9 +12,6 @@ from ecl_hf.checks import require
 from ecl_hf.methods.base import Experts, Loss, Method, Stage, TaskOutputs, Term
 from ecl_hf.methods.settings import MomentumSettings, Settings
 
-HARD_FRACTION = 0.3
-"""Share of the classes that NCL mines as hard: 30 of 100, 300 of 1000, 2442 of 8142 in its published files."""
-
 
 @dataclass(kw_only=True)
 class BalancedSettings(Settings):
@@ -111,19 +108,6 @@ def _contrastive(out: TaskOutputs, config: ECLSettings) -> Tensor:
     return sum(losses.info_nce(query, key, queue, config.contrast_temperature) for query, key, queue in experts)
 
 
-def _hard(out: TaskOutputs) -> Tensor:
-    """NCL mines the hard classes by its first expert."""
-    return losses.hard_categories(out.cls_logits[0], out.labels, max(1, int(HARD_FRACTION * out.cls_logits.shape[-1])))
-
-
-def _nested_supervision(out: TaskOutputs, config: ECLSettings) -> Tensor:  # noqa: ARG001
-    return losses.nested_cross_entropy(out.cls_logits, out.labels, out.log_class_counts, _hard(out))
-
-
-def _nested_distillation(out: TaskOutputs, config: ECLSettings) -> Tensor:  # noqa: ARG001
-    return losses.nested_distillation(out.cls_logits, out.log_class_counts, _hard(out))
-
-
 _REFERENCE = frozenset({"reference"})
 _MOMENTUM = frozenset({"momentum"})
 
@@ -138,8 +122,6 @@ BALANCED_DETACHED = Term("logit", _logit(_balanced_weights, detach_teacher=True)
 FEATURE = Term("feature", _feature(), "alpha_feature")
 FEATURE_DETACHED = Term("feature", _feature(detach_teacher=True), "alpha_feature")
 CONTRASTIVE = Term("contrastive", _contrastive, "beta", _MOMENTUM)
-NESTED_SUPERVISION = Term("supervision", _nested_supervision)
-NESTED_DISTILLATION = Term("logit", _nested_distillation, "alpha_logit")
 
 
 def _method(*terms: Term) -> Method:
@@ -159,9 +141,6 @@ METHODS: dict[str, Method] = {
     "bkt_cpt": _method(SUPERVISION, REFERENCE, BALANCED, CONTRASTIVE),
     "fld_cpt": _method(SUPERVISION, FEATURE, CONTRASTIVE),
     "ecl": _method(SUPERVISION, REFERENCE, BALANCED, FEATURE, CONTRASTIVE),
-    # NCL as published, without and with its contrastive branch
-    "ncl_plain": _method(NESTED_SUPERVISION, NESTED_DISTILLATION),
-    "ncl": _method(NESTED_SUPERVISION, NESTED_DISTILLATION, CONTRASTIVE),
     # Controls
     "kd": _method(SUPERVISION, UNWEIGHTED),
     "reference_only": _method(SUPERVISION, REFERENCE),

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.learning.task import CollaborativeTask
-from ecl_hf.methods import Method, Stage, TaskOutputs, Term, ecl
+from ecl_hf.methods import Method, Stage, TaskOutputs, Term, ecl, ncl
 from ecl_hf.methods.ecl import ECLSettings
 from tests import reference
 
@@ -41,10 +41,15 @@ TERMS = {
     "FEATURE": ("feature", "encoder"),
     "FEATURE_DETACHED": ("feature", "encoder"),
     "CONTRASTIVE": ("contrastive", "encoder projector"),
-    "NESTED_SUPERVISION": ("supervision", "encoder cls"),
-    "NESTED_DISTILLATION": ("logit", "encoder cls"),
+    "ncl.SUPERVISION": ("supervision", "encoder cls"),
+    "ncl.DISTILLATION": ("logit", "encoder cls"),
 }
-OWN = ecl.METHODS
+OWN = ecl.METHODS | ncl.METHODS
+
+
+def find(term):
+    """A term of ECL's file, or of NCL's."""
+    return getattr(ncl, term[4:]) if term.startswith("ncl.") else getattr(ecl, term)
 
 
 def build(method, num_experts=2, counts=COUNTS, **config):
@@ -191,7 +196,7 @@ def test_the_second_view_serves_the_keys_alone():
 @pytest.mark.parametrize("term", TERMS)
 def test_reach_of_a_term(term):
     task = build(stage(Term("branches", ecl.CONTRASTIVE.loss, needs=frozenset({"reference", "momentum"}))))
-    task.stage = Stage((getattr(ecl, term),))  # with all branches, of which the term may use any
+    task.stage = Stage((find(term),))  # with all branches, of which the term may use any
     task.queue.keys.requires_grad_()
     task(**draw_batch())["loss"].backward()
     reached = set()
@@ -259,8 +264,8 @@ BY_LOOP = {
     "FEATURE": lambda out: reference.feature_distillation(out.features.tolist(), CONFIG["temperature"]),
     "FEATURE_DETACHED": lambda out: reference.feature_distillation(out.features.tolist(), CONFIG["temperature"]),
     "CONTRASTIVE": contrastive,
-    "NESTED_SUPERVISION": lambda out: reference.ncl_cross_entropy(out.cls_logits.tolist(), LABELS, COUNTS, 3),
-    "NESTED_DISTILLATION": lambda out: reference.ncl_distillation(out.cls_logits.tolist(), LABELS, COUNTS, 3),
+    "ncl.SUPERVISION": lambda out: reference.ncl_cross_entropy(out.cls_logits.tolist(), LABELS, COUNTS, 3),
+    "ncl.DISTILLATION": lambda out: reference.ncl_distillation(out.cls_logits.tolist(), LABELS, COUNTS, 3),
 }
 
 
@@ -268,7 +273,7 @@ BY_LOOP = {
 @pytest.mark.parametrize("num_experts", [1, 3])
 def test_value_of_a_term(term, num_experts):
     out = draw_outputs(num_experts)
-    actual = getattr(ecl, term).loss(out, ECLSettings(**CONFIG))
+    actual = find(term).loss(out, ECLSettings(**CONFIG))
     assert_close(actual, torch.tensor(BY_LOOP[term](out), dtype=torch.double), rtol=1e-9, atol=1e-12)
 
 
@@ -279,7 +284,7 @@ def test_ncl_mines_three_tenths_of_the_classes(num_classes, hard):
     log_counts = torch.tensor(counts, dtype=torch.double).log()
     out = TaskOutputs(labels, logits, logits, torch.zeros_like(log_counts), log_counts)
     expected = reference.ncl_cross_entropy(logits.tolist(), [0], counts, hard)
-    actual = ecl.NESTED_SUPERVISION.loss(out, ECLSettings())
+    actual = ncl.SUPERVISION.loss(out, ECLSettings())
     assert_close(actual, torch.tensor(expected, dtype=torch.double), rtol=1e-9, atol=0)
 
 
@@ -315,7 +320,7 @@ def test_detached_terms_teach_without_learning(kind):
 
 @pytest.mark.parametrize("term", ["PLAIN", "SUPERVISION", "REFERENCE"])
 def test_summed_supervision(term):
-    out, loss = draw_outputs(3), getattr(ecl, term).loss
+    out, loss = draw_outputs(3), find(term).loss
     mean, summed = (loss(out, ECLSettings(**CONFIG, sup_reduction=name)) for name in ("mean", "sum"))
     assert_close(summed, 3 * mean)
 
