@@ -37,11 +37,14 @@ from tqdm import tqdm
 from ecl_hf.data.features import FeatureDataset, feature_loader, in_batches
 from ecl_hf.data.loaders import ViewDataset, draw_seed, evaluation_loader, train_loader
 from ecl_hf.data.longtailed import load_longtailed
+from ecl_hf.data.official import BENCHMARKS
+from ecl_hf.data.overview import describe_classes, describe_pictures
 from ecl_hf.data.pictures import BrokenPictureError
 from ecl_hf.data.sources import labels_of
 from ecl_hf.data.streaming import StreamedViews, StreamSampler, stream_loader
 from ecl_hf.data.views import View, contrastive_view, evaluation_view, supervised_view
 from ecl_hf.evidence.evaluation import Predictions, predict
+from ecl_hf.evidence.metrics import shot_groups
 from ecl_hf.learning.batchnorm import load_statistics, synchronise_batchnorm
 from ecl_hf.learning.finite import StepCheck, check_saved, check_weights
 from ecl_hf.learning.initialise import initialise_model, shared_parts
@@ -60,7 +63,7 @@ from ecl_hf.learning.tuning import (
 )
 from ecl_hf.methods import METHODS
 from ecl_hf.publishing.hub import BackgroundUpload, check_upload, write_card
-from ecl_hf.runs.folder import Progress, RunFolder, describe_environment, describe_model, flatten
+from ecl_hf.runs.folder import Forecast, Progress, RunFolder, describe_environment, describe_model, flatten
 from ecl_hf.runs.launch import check_launch
 from ecl_hf.runs.recipe import Recipe
 
@@ -179,7 +182,7 @@ class Session:
         if recipe.hub.push and accelerator.is_main_process:
             check_upload(recipe.hub.repo_id, recipe.hub.private or None)
         accelerator.wait_for_everyone()
-        self.checkpoint = None
+        self.checkpoint, self.forecast = None, Forecast()
         if accelerator.is_main_process:
             run.open(recipe, args.resume, args.allow_changes)
             self.checkpoint = None if run.finished else run.resumable_checkpoint(self.say)
@@ -331,6 +334,21 @@ class Session:
             if self.plain.average is not None:
                 self.plain.average.set(self.model)
 
+    def _describe_data(self) -> None:
+        """Say what was found in pictures of one's own; of a protocol, the line before the first step says enough."""
+        config, data = self.recipe.data, self.data
+        if config.profile != "as_is" or config.source in BENCHMARKS:
+            return
+        groups = {name: int(mask.sum()) for name, mask in shot_groups(data.class_counts).items()}
+        parts = {"train": data.train, "val": data.val, "test": data.test}
+        others = {"validation": data.val, "testing": data.test}
+        numbers = {name: len(part) for name, part in others.items() if part is not None}
+        lines = describe_classes(data.class_counts, data.class_names, groups, numbers)
+        if not config.streaming:
+            stored = {name: part for name, part in parts.items() if part is not None}
+            lines += describe_pictures(stored, config.max_pixels)
+        self.say("\n".join(lines))
+
     def restore(self) -> None:
         """Begin the first stage, or the one of the checkpoint if there is one, as it stood there."""
         recipe, accelerator = self.recipe, self.accelerator
@@ -346,6 +364,8 @@ class Session:
             self.upload = BackgroundUpload(recipe.hub.repo_id, say)
         accelerator.init_trackers("ecl_hf", {key: str(value) for key, value in flatten(asdict(recipe)).items()})
         [checkpoint] = broadcast_object_list([self.checkpoint])
+        if accelerator.is_main_process and not checkpoint:
+            self._describe_data()
         self.progress = Progress(commit=self.environment["commit"])
         try:
             if checkpoint:

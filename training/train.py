@@ -195,6 +195,8 @@ class Training(Session):
                 progress.batch += 1
             stopping = self._update(stop.asked)
             bar.update()
+            if forecast := self.forecast.step(time.perf_counter(), self.last_step - progress.step):
+                self.say(forecast)
             if stopping or progress.step == self.end_of_stage:
                 break
         progress.seconds += time.perf_counter() - started

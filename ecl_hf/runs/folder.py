@@ -155,18 +155,50 @@ def epoch_line(line: dict[str, Any], epochs: int, seconds_left: float) -> str:
     """An entry of `metrics.jsonl` as a line to read while the training goes on.
 
     Args:
-        line: the entry; scores in 0..1 whose names begin with `val_` are shown in %.
+        line: the entry; scores in 0..1 whose names begin with `val/` are shown in %.
         epochs: of the whole run.
         seconds_left: how long the rest will take, at the speed so far.
     """
     place = f"epoch {line['epoch']:{len(str(epochs))}}/{epochs}"
     scores = [
-        f"{name} {100 * value:.1f} %" for name, value in line.items() if name.startswith("val_") and value is not None
+        f"{name} {100 * value:.1f} %" for name, value in line.items() if name.startswith("val/") and value is not None
     ]
     left = timedelta(seconds=round(seconds_left))
     speed = f"{line['images_per_second']:.0f} images/s"
     loss = f"loss {line.get('loss', math.nan):.3f}"
     return "  ".join([place, line["stage"], loss, *scores, f"lr {line['lr']:.2g}", speed, f"{left} left"])
+
+
+class Forecast:
+    """How long a run will take, from its first steps in this process.
+
+    Args:
+        steps: to time, after two that warm up.
+        seconds: after which three steps are enough.
+    """
+
+    def __init__(self, steps: int = 20, seconds: float = 20.0) -> None:
+        self.steps, self.seconds = steps, seconds
+        self.taken = -2
+        self.started = 0.0
+        self.told = False
+
+    def step(self, now: float, steps_left: int) -> str | None:
+        """Count a step; once, when enough were timed, a sentence if more than a minute is left.
+
+        Args:
+            now: a clock, in seconds.
+            steps_left: of the whole run.
+        """
+        self.taken += 1
+        if self.taken <= 0:
+            self.started = now
+        spent = now - self.started
+        if self.told or self.taken < 3 or (self.taken < self.steps and spent < self.seconds):
+            return None
+        self.told = True
+        left = round(spent / self.taken * steps_left)
+        return f"the training will take about {timedelta(seconds=left)} (h:mm:ss)" if left > 60 else None
 
 
 class RunFolder:

@@ -16,6 +16,7 @@ from ecl_hf.data.config import DataConfig
 from ecl_hf.learning.config import ModelConfig, OptimConfig, TrainConfig
 from ecl_hf.methods.ecl import ECLSettings
 from ecl_hf.runs.folder import (
+    Forecast,
     Progress,
     RunFolder,
     describe_environment,
@@ -383,4 +384,17 @@ def test_a_line_for_each_epoch():
     assert epoch_line(line, 200, 3661.4) == (
         "epoch   7/200  training  loss 2.346  lr 0.049  412 images/s  1:01:01 left"
     )
-    assert "val_balanced 45.2 %" in epoch_line(line | {"val_balanced": 0.452, "val_few": None}, 200, 0)
+    assert "val/balanced 45.2 %" in epoch_line(line | {"val/balanced": 0.452, "val/few": None}, 200, 0)
+
+
+def test_forecast_of_the_first_steps():
+    forecast = Forecast(steps=5)
+    times = [10.0, 20.0, 20.5, 21.0, 21.5, 22.0, 22.5, 23.0]  # two slow steps warm up
+    said = [forecast.step(now, 7200 - step) for step, now in enumerate(times, 1)]
+    assert said[:6] == [None] * 6
+    assert said[6] == "the training will take about 0:59:56 (h:mm:ss)"
+    assert said[7] is None
+    slow = Forecast()
+    assert [bool(slow.step(30.0 * step, 90)) for step in range(1, 8)] == [False] * 4 + [True] + [False] * 2
+    quick = Forecast(steps=3)
+    assert [quick.step(0.1 * step, 500) for step in range(10)] == [None] * 10
