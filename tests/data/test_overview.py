@@ -64,7 +64,7 @@ def test_pictures_within_the_data_set_and_validation(files):
     rows = [{"image": {"bytes": Path(files[0]).read_bytes(), "path": None}, "label": 0}] * 2
     stored["val"] = datasets.Dataset.from_list(rows, stored["train"].features)
     lines = overview.describe_pictures(stored)
-    assert "copies of other files: 1, such as val row 0 (val) and val row 1 (val)" in lines
+    assert "copies of other files: 2, such as a/0.png (train) and val row 0 (val)" in lines
     assert not any("warning" in line for line in lines)
 
 
