@@ -55,6 +55,7 @@ from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.learning.teachers import load_teacher
 from ecl_hf.learning.tuning import (
     FrozenEncoder,
+    begin_tuning,
     check_kept_features,
     encode,
     read_features,
@@ -171,6 +172,7 @@ class Session:
         if recipe.model.tune != "head":
             self._save_memory()
         describe_model(self.model)
+        begin_tuning(self.model, recipe.model)
         if recipe.model.tune == "head":
             where = {"pretrained": recipe.model.pretrained, "streaming": recipe.data.streaming}
             check_kept_features(self.method, recipe.method, **where)

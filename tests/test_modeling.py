@@ -554,6 +554,8 @@ def test_impossible_counts(counts):
         ({"num_experts": None}, "num_experts"),
         ({"share_blocks": -1}, "share_blocks must not be negative"),
         ({"share_blocks": 2}, "needs share_stages"),
+        ({"adapter_rank": -1}, "adapter_rank must lie in 0..4096"),
+        ({"adapter_rank": 4097}, "adapter_rank must lie in 0..4096"),
         ({"classifier": "mlp"}, "classifier.*'linear', 'cosine'"),
         ({"classifier_scale": 0}, "classifier_scale must be positive"),
         ({"classifier_scale": "16"}, "classifier_scale"),

@@ -34,6 +34,7 @@ from ecl_hf.evidence.results import describe_run, report
 from ecl_hf.heads import log_prior_shift
 from ecl_hf.learning.batchnorm import save_statistics
 from ecl_hf.learning.finite import check_weights
+from ecl_hf.learning.low_rank import merge_low_rank
 from ecl_hf.learning.optimiser import set_learning_rate
 from ecl_hf.learning.stages import fold_heads, published_copy
 from ecl_hf.methods.base import EpochContext, FinishContext, MixingContext, Part, Time
@@ -303,6 +304,7 @@ class Training(Session):
         """Take the method's steps after its last stage, which rewrite the heads."""
         if self.upload:
             self.upload.wait()
+        merge_low_rank(self.model)
         if self.complete:
             for rewrite in self.method.finish:
                 rewrite(FinishContext(**self._context()))

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ecl_hf.checks import check_values, require
-from ecl_hf.configuration_ecl import FORBIDDEN_MODEL_ARGS
+from ecl_hf.configuration_ecl import FORBIDDEN_MODEL_ARGS, MAX_RANK
 
 
 @dataclass(kw_only=True)
@@ -15,9 +15,14 @@ class ModelConfig:
     """timm name of every expert's encoder."""
     pretrained: bool | str = False
     """Weights that every encoder starts from: true (timm's own), a local file, or a Hub repository in timm's format."""
-    tune: Literal["all", "norm_bias", "head"] = "all"
-    """What moves of the encoders: `all`; `norm_bias`, normalisation layers and biases; or `head`, nothing: features of
-    all pictures are computed once then, kept in the run folder, and an epoch takes seconds."""
+    tune: Literal["all", "norm_bias", "lora", "adapter", "head"] = "all"
+    """What moves of the encoders: `all`; `norm_bias`, normalisation layers and biases; `lora`, low-rank additions to
+    linear layers and dense convolutions, which merge into them at the end; `adapter`, AdaptFormers beside the MLPs of
+    transformer blocks, which stay a part of the published model; or `head`, nothing: features of all pictures are
+    computed once then, kept in the run folder, and an epoch takes seconds."""
+    rank: int | None = None
+    """Rank of `lora`, or width of `adapter`; LIFT's rule when not given: the largest power of two with which they have
+    no more weights than the classifier, at least 1."""
     head_init: Literal["random", "class_means"] = "random"
     """Cosine classifiers start at random, or at the directions of the classes' mean features, which suits a pretrained
     encoder; experts with the same encoder then start alike."""
@@ -46,6 +51,11 @@ class ModelConfig:
         require(not forbidden, f"model.args must not hold {', '.join(forbidden)}")
         least = self.num_experts is None or self.num_experts >= 1
         require(least, f"model.num_experts must be at least 1, got {self.num_experts}")
+        light = self.tune in ("lora", "adapter")
+        require(light or self.rank is None, f"model.rank is that of model.tune lora and adapter, not of {self.tune}")
+        require(
+            self.rank is None or 1 <= self.rank <= MAX_RANK, f"model.rank must lie in 1..{MAX_RANK}, got {self.rank}"
+        )
         for name in ("share_stages", "share_blocks"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"model.{name} must not be negative, got {value}")

@@ -8,6 +8,7 @@ import torch
 from ecl_hf.checks import require
 from ecl_hf.data.samplers import instance
 from ecl_hf.heads import HEADS, describe_head
+from ecl_hf.learning.low_rank import merge_low_rank
 from ecl_hf.methods.base import HeadContext, Method, Stage
 from ecl_hf.modeling_ecl import ECLForImageClassification
 
@@ -41,8 +42,9 @@ def _describe_heads(model: ECLForImageClassification) -> None:
 
 
 def published_copy(model: ECLForImageClassification) -> ECLForImageClassification:
-    """The model as it would be published now: a copy with folded heads. The model itself stays as training needs it."""
+    """The model as it would be published now: a copy with folded heads and merged low-rank additions."""
     copied = copy.deepcopy(model)
+    merge_low_rank(copied)
     fold_heads(copied)
     return copied
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ecl_hf.heads import create_head, log_prior_shift
 from ecl_hf.learning.momentum import KeyQueue, MomentumEncoder, create_projector, follow, frozen_copy
-from ecl_hf.learning.tuning import parameters_to_tune
+from ecl_hf.learning.tuning import TUNERS, parameters_to_tune
 from ecl_hf.losses import full_precision
 from ecl_hf.methods.base import Method, Part, PartsContext, PerImage, Stage, TaskOutputs, Time, ViewOutputs
 from ecl_hf.modeling_ecl import ECLForImageClassification
@@ -122,6 +122,12 @@ class CollaborativeTask(nn.Module):
             for piece in filter(None, [self.model.trunk, *pieces]):
                 if not any(parameter.requires_grad for parameter in piece.parameters()):
                     piece.eval()
+            if self.tune in TUNERS:  # small additions don't call for other statistics
+                parts = [*(expert.backbone for expert in self.model.experts), self.model.trunk, self.momentum_trunk]
+                parts += [key.encoder for key in self.momentum or ()]
+                for layer in (layer for part in filter(None, parts) for layer in part.modules()):
+                    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                        layer.eval()
         return self
 
     def adopt(self, earlier: "CollaborativeTask") -> None:

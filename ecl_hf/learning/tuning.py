@@ -1,6 +1,7 @@
 """What of a pretrained model moves, and features that a frozen encoder gives once and for all."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +13,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ecl_hf.backbones import AdaptFormer, adaptable_blocks, add_adapters
 from ecl_hf.heads import ECLCosineHead
+from ecl_hf.learning.config import ModelConfig
+from ecl_hf.learning.low_rank import LowRank, add_low_rank, find_layers
 from ecl_hf.learning.optimiser import NORMS
 from ecl_hf.methods.base import Method
 from ecl_hf.modeling_ecl import ECLForImageClassification
+
+TUNERS = {"lora": LowRank, "adapter": AdaptFormer}
+"""What `begin_tuning` puts into the encoders, and what moves of them then."""
 
 
 def parameters_to_tune(task: nn.Module, tune: str) -> Callable[[str], bool]:
@@ -23,17 +30,83 @@ def parameters_to_tune(task: nn.Module, tune: str) -> Callable[[str], bool]:
 
     Args:
         task: holds the ensemble as `model`.
-        tune: `all`; `norm_bias`: of the encoders, normalisation layers and biases; `head`: nothing of the encoders.
-            Classification heads and train-only modules always move.
+        tune: `all`; `norm_bias`: of the encoders, normalisation layers and biases; `lora` or `adapter`: what was added
+            to them; `head`: nothing of the encoders. Classification heads and train-only modules always move.
     """
     if tune == "all":
         return lambda _: True
     light = set()
-    if tune == "norm_bias":
-        for prefix, module in task.named_modules():
+    for prefix, module in task.named_modules():
+        if tune in TUNERS:
+            if isinstance(module, TUNERS[tune]):
+                light.update(f"{prefix}.{name}" for name, _ in module.named_parameters())
+        elif tune == "norm_bias":
             own = [f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False)]
             light.update(own if isinstance(module, NORMS) else (name for name in own if name.endswith(".bias")))
     return lambda name: name in light or not (".backbone." in name or name.startswith("model.trunk."))
+
+
+def begin_tuning(model: ECLForImageClassification, config: ModelConfig) -> None:
+    """Put low-rank additions or AdaptFormers into the encoders, where the recipe asks for them.
+
+    They add nothing at the start. The former go by `merge_low_rank`, the latter are a part of the published model.
+
+    Raises:
+        ValueError: the encoders aren't pretrained, or are of a kind that can't have them.
+    """
+    if config.tune not in TUNERS:
+        return
+    if not config.pretrained:
+        raise ValueError(
+            f"model.tune {config.tune} leaves the weights of the encoder as they are: set model.pretrained"
+        )
+    classifier = model.config.num_labels * model.experts[0].head.in_features
+    parts = [part.backbone for part in (*model.experts, *filter(None, [model.trunk]))]
+    if config.tune == "lora":
+        layers = find_layers(model)
+        per_rank = sum(len(layer.weight) + layer.weight[0].numel() for layer in layers) / len(model.experts)
+        add_low_rank(layers, config.rank or lift_rank(classifier, per_rank))
+        return
+    try:
+        widths = [block.norm2.normalized_shape[-1] for part in parts for block in adaptable_blocks(part)]
+        rank = config.rank or lift_rank(classifier, 2 * sum(widths) / len(model.experts))
+        with unchanged_outputs(model):
+            for part in parts:
+                add_adapters(part, rank)
+    except ValueError as error:
+        raise ValueError(f"model.tune adapter: {error}; take lora, norm_bias or head") from error
+    model.config.adapter_rank = rank
+
+
+def lift_rank(classifier: int, per_rank: float) -> int:
+    """The largest power of two with which what is added has no more weights than the classifier; at least 1.
+
+    With AdaptFormers in L blocks it is LIFT's `2^floor(log2(C / (2 L)))`, with low-rank additions to queries and values
+    LIFT+'s `2^floor(log2(C / (4 L)))`, for C classes (Shi et al., ICML 2024 and 2025).
+
+    Args:
+        classifier: its weights.
+        per_rank: weights that each unit of the rank adds to an encoder.
+    """
+    return 2 ** max(0, math.floor(math.log2(classifier / max(per_rank, 1))))
+
+
+@contextmanager
+def unchanged_outputs(model: ECLForImageClassification) -> Iterator[None]:
+    """See that what is done to a model within changes none of its features; ValueError if it does."""
+    with torch.random.fork_rng():
+        image = torch.randn(1, *model.config.pretrained_cfg["input_size"], device=model.device, dtype=model.dtype)
+    training = model.training
+    with torch.no_grad():
+        before = model.eval()(image, output_features=True).features
+        yield
+        try:
+            same = torch.allclose(model.eval()(image, output_features=True).features, before, rtol=1e-3, atol=1e-4)
+        except RuntimeError:  # of shapes that don't fit
+            same = False
+    model.train(training)
+    if not same:
+        raise ValueError(f"the blocks of {model.config.architecture} don't add the MLP of a normalised input to it")
 
 
 def check_kept_features(method: Method, name: str, *, pretrained: bool | str, streaming: bool) -> None:
