@@ -38,6 +38,9 @@ class DataConfig:
     val_fraction: float | None = None
     """Part of each class of the training split to hold out for validation: it chooses the epoch and the temperature.
     Every class of three pictures gets one; none is held out when not given."""
+    group_column: str | None = None
+    """Column whose equal values belong together (site, animal, patient, burst): `test_fraction` and `val_fraction` hold
+    out whole groups. Pictures in class folders get such a column by a metadata.csv: file_name, label, ..."""
     profile: Literal["exponential", "pareto", "as_is"] = "exponential"
     """How class counts fall: `exponential` (CIFAR-LT), `pareto` (ImageNet-LT), or `as_is` (long-tailed already)."""
     imbalance_factor: float = 100.0
@@ -80,6 +83,11 @@ class DataConfig:
                 "data.streaming takes a split as it is: make one with `training/data.py build --pictures`, name its "
                 "directory in data.path, or publish it, and set data.profile as_is",
             )
+        require(
+            self.group_column is None or self.test_fraction or self.val_fraction,
+            "data.group_column says what belongs together when pictures are held out: set data.test_fraction or "
+            "data.val_fraction",
+        )
         require(self.streaming or self.class_counts is None, "data.class_counts belongs to data.streaming")
         require(
             self.class_counts is None or min(self.class_counts, default=0) >= 1,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from scipy.sparse import coo_array
 
 
 def exponential_counts(num_classes: int, max_count: int, imbalance_factor: float) -> list[int]:
@@ -136,3 +137,46 @@ def longtail_indices(
             random.shuffle(positions)
         chosen.append(positions[:count])
     return np.concatenate(chosen).astype(np.int64)
+
+
+def held_out_groups(
+    labels: np.ndarray,
+    groups: np.ndarray,
+    wanted: np.ndarray,
+    least: np.ndarray,
+    seed: int | Literal["first"] = 0,
+) -> np.ndarray:
+    """Choose whole groups to hold out, so that each class comes near to its wanted number of images.
+
+    Greedy: the group that most lowers the sum over classes of ((held out - wanted) / images)^2 is held out next, until
+    none lowers it. Rare classes count as much as frequent ones. With a group of its own for each image the wanted
+    numbers are met.
+
+    Args:
+        labels: class of each image, [N].
+        groups: group of each image, whole numbers from 0, [N].
+        wanted: images to hold out of each class, [C].
+        least: images that must stay of each class, [C].
+        seed: decides among equal groups; "first": the earlier one.
+
+    Returns:
+        int64 positions, ascending; none if no group can go.
+    """
+    number = int(groups.max()) + 1
+    order = np.arange(number) if seed == "first" else np.random.RandomState(seed).permutation(number)
+    place = np.argsort(order)[groups]
+    table = coo_array((np.ones(len(labels)), (place, labels)), shape=(number, len(wanted))).tocsr()
+    table.sum_duplicates()
+    images = np.maximum(table.sum(0), 1)
+    rows, weights, room = table.tocoo().row, 1 / images**2, table.sum(0) - least
+    size, held = table.power(2) @ weights, np.zeros(len(wanted))
+    free, taken = np.ones(number, bool), np.zeros(number, bool)
+    while free.any():
+        free[rows[table.data > (room - held)[table.indices]]] = False
+        gain = np.where(free, table @ (2 * weights * (wanted - held)) - size, -np.inf)
+        best = int(gain.argmax())
+        if not gain[best] > 1e-12:
+            break
+        free[best], taken[best] = False, True
+        held += table[[best]].sum(0)
+    return np.flatnonzero(taken[place])

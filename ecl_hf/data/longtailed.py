@@ -10,6 +10,7 @@ from ecl_hf.data.config import DataConfig
 from ecl_hf.data.longtail import (
     exponential_counts,
     held_out_counts,
+    held_out_groups,
     longtail_indices,
     pareto_counts,
     validation_counts,
@@ -66,10 +67,15 @@ def load_longtailed(config: DataConfig) -> LongTailedData:
     classes, val = len(source.class_names), None
     if config.val_fraction is not None:
         labels = labels_of(train)
-        counts = validation_counts(np.bincount(labels, minlength=classes), config.val_fraction)
-        held_out = np.sort(longtail_indices(labels, counts, config.split_seed))
-        if not len(held_out):
+        available = np.bincount(labels, minlength=classes)
+        counts = validation_counts(available, config.val_fraction)
+        groups = None if source.groups is None else source.groups[rows["train"]]
+        if not counts.any():
             raise ValueError("data.val_fraction: no class has the three pictures that it needs for one to validate")
+        if groups is None:
+            held_out = np.sort(longtail_indices(labels, counts, config.split_seed))
+        else:
+            held_out = hold_out_groups(config, labels, groups, counts, np.minimum(available, 2))
         train, val = train.select(np.setdiff1d(np.arange(len(labels)), held_out)), train.select(held_out)
     counts = np.bincount(labels_of(train), minlength=classes).tolist()
     return LongTailedData(train, test, counts, source.class_names, val)
@@ -104,10 +110,13 @@ def choose_rows(config: DataConfig, source: Source) -> dict[str, np.ndarray]:
         raise ValueError(f"{name} has no training image of {len(empty)} classes: {', '.join(empty[:10])}")
     rows = np.arange(len(labels))
     if source.test is None:
-        available = available - held_out_counts(available, config.test_fraction)
-        rows = np.sort(longtail_indices(labels, available, config.split_seed))
+        wanted = held_out_counts(available, config.test_fraction)
+        if source.groups is None:
+            rows = np.sort(longtail_indices(labels, available - wanted, config.split_seed))
+        else:
+            rows = np.setdiff1d(rows, hold_out_groups(config, labels, source.groups, wanted, np.minimum(available, 1)))
         test = np.setdiff1d(np.arange(len(labels)), rows)
-        tested = labels[test]
+        available, tested = np.bincount(labels[rows], minlength=len(names)), labels[test]
     else:
         test, tested = np.arange(len(source.test)), labels_of(source.test)
     if untested := [names[c] for c in np.flatnonzero(np.bincount(tested, minlength=len(names)) == 0)]:
@@ -125,6 +134,19 @@ def choose_rows(config: DataConfig, source: Source) -> dict[str, np.ndarray]:
         raise ValueError(f"{name} has too few images of {len(short)} classes: {worst}; lower data.max_count")
     chosen = np.sort(longtail_indices(labels[rows], counts, config.split_seed))
     return {"train": rows[chosen], "test": test}
+
+
+def hold_out_groups(
+    config: DataConfig, labels: np.ndarray, groups: np.ndarray, wanted: np.ndarray, least: np.ndarray
+) -> np.ndarray:
+    """`held_out_groups`; ValueError if no group can go, because too few pictures of a class would stay."""
+    held_out = held_out_groups(labels, groups, wanted, least, config.split_seed)
+    if not len(held_out):
+        raise ValueError(
+            f"data.group_column {config.group_column}: {len(np.unique(groups))} groups are too few; none can be held "
+            "out, since each has all or nearly all pictures of a class"
+        )
+    return held_out
 
 
 def _take(pictures: datasets.Dataset, rows: np.ndarray) -> datasets.Dataset:

@@ -68,6 +68,8 @@ def load_official(benchmark: Benchmark, config: DataConfig) -> Source:
         raise ValueError(
             f"{benchmark.name} is long-tailed and has a test list: set data.profile as_is, and no data.test_fraction"
         )
+    if config.group_column is not None:
+        raise ValueError(f"the lists of {benchmark.name} have no column {config.group_column!r} (data.group_column)")
     root = directory(config) if config.path else None
     if root is None and benchmark.hub is None:
         raise ValueError(f"data.source {benchmark.name} needs data.path, the directory with its pictures")

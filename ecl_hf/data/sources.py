@@ -31,6 +31,7 @@ class Source:
         class_names: in label order, [C].
         published: whether it is a long-tailed benchmark whose list was checked against the published counts.
         folders: where its picture files lie; what a table or a link names elsewhere is none of the data set.
+        groups: number of each training picture's group (`data.group_column`), [N].
     """
 
     name: str
@@ -39,6 +40,7 @@ class Source:
     class_names: list[str]
     published: bool = False
     folders: tuple[Path, ...] = ()
+    groups: np.ndarray | None = None
 
 
 def read_source(config: DataConfig) -> Source:
@@ -53,6 +55,8 @@ def read_source(config: DataConfig) -> Source:
     if config.path is None and name == "digits":
         if config.test_fraction is not None:
             raise ValueError("the digits have a test split of their own: leave data.test_fraction out")
+        if config.group_column is not None:
+            raise ValueError(f"the digits have no column {config.group_column!r} (data.group_column)")
         splits = _digits()
         choose_columns(splits["train"].features, config, name)
         return Source(name, *splits.values(), class_names=[str(c) for c in range(10)])
@@ -72,6 +76,11 @@ def read_in_place(config: DataConfig) -> Source | None:
     if (found := read_class_folders(root, config)) is None:
         return None
     splits, class_names = found
+    if config.group_column is not None:
+        raise ValueError(
+            f"data.group_column: class folders have no columns; write {root / 'metadata.csv'} with the columns "
+            f"file_name (such as {class_names[0]}/1.jpg), label and {config.group_column}, a line for each picture"
+        )
     choose_columns(splits["train"].features, config, config.path)
     return Source(config.path, splits["train"], splits.get("test"), class_names, folders=(root,))
 
@@ -84,6 +93,9 @@ def _source(
 ) -> Source:
     name = config.path or config.source
     image, label = choose_columns(loaded["train"].features, config, name)
+    groups = None
+    if (column := config.group_column) is not None:
+        groups = group_numbers(loaded["train"], column, f"{name}, split {config.train_split}")
     splits, where = {}, {"train": config.train_split, "test": config.test_split}
     for key, split in loaded.items():
         choose_columns(split.features, config, f"{name}, split {where[key]}")
@@ -93,7 +105,7 @@ def _source(
         own = stored.get(key) or getattr(split.features["label"], "names", None)
         labels = numbers(split, class_names, own, f"{name}, split {where[key]}, column {label}")
         splits[key] = with_labels(split, labels, class_names)
-    return Source(name, splits["train"], splits.get("test"), class_names, folders=folders)
+    return Source(name, splits["train"], splits.get("test"), class_names, folders=folders, groups=groups)
 
 
 def directory(config: DataConfig) -> Path:
@@ -226,6 +238,23 @@ def choose_columns(features: datasets.Features, config: DataConfig, name: str) -
     if not isinstance(feature, datasets.ClassLabel) and not plain:
         raise ValueError(f"column {label!r} of {name} (data.label_column) holds {feature}, not class labels")
     return image, label
+
+
+def group_numbers(split: datasets.Dataset, column: str, where: str) -> np.ndarray:
+    """The values of a column as numbers in the order of their first pictures, [N].
+
+    Raises:
+        ValueError: there is no such column, it holds no plain values, or one is missing; the message names the row.
+    """
+    if column not in split.features:
+        raise ValueError(f"{where} has no column {column!r} (data.group_column); it has {', '.join(split.features)}")
+    if not isinstance(split.features[column], datasets.Value | datasets.ClassLabel):
+        raise ValueError(f"column {column!r} of {where} (data.group_column) holds {split.features[column]}, not values")
+    values = pa.chunked_array(split.select_columns(column).with_format("arrow")[:][column])
+    missing = np.flatnonzero(values.is_null())
+    if len(missing):
+        raise ValueError(f"{where}: row {missing[0]} has no {column} (data.group_column; {len(missing)} such rows)")
+    return values.combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
 
 
 def _class_names(splits: dict[str, datasets.Dataset]) -> list[str]:

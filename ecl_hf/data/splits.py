@@ -27,7 +27,7 @@ from ecl_hf.data.sources import Source, labels_of
 from ecl_hf.files import read_bytes, read_json
 from ecl_hf.names import printable
 
-PROTOCOL = ("profile", "imbalance_factor", "max_count", "split_seed", "test_fraction")
+PROTOCOL = ("profile", "imbalance_factor", "max_count", "split_seed", "test_fraction", "group_column")
 """Keys of the data section that decide which pictures are taken."""
 
 LAYOUT = ("subset", "train_split", "test_split", "image_column", "label_column")
@@ -150,7 +150,7 @@ class Split:
     def check(self, config: DataConfig, source: Source) -> None:
         """Refuse another protocol or a source with other labels; ValueError names the differences."""
         recorded = self.record["data"]
-        wanted = {key: getattr(config, key) for key in PROTOCOL}
+        wanted = _choice(config)
         different = [
             f"data.{k} is {wanted[k]}, there {recorded.get(k)}" for k in PROTOCOL if wanted[k] != recorded.get(k)
         ]
@@ -198,12 +198,18 @@ def describe(config: DataConfig, source: Source, rows: dict[str, np.ndarray]) ->
     name = source.name if config.path is None or source.published else Path(config.path).resolve().name
     return {
         "protocol": protocol(config, source),
-        "data": {key: getattr(config, key) for key in (*PROTOCOL, *LAYOUT)},
+        "data": _choice(config) | {key: getattr(config, key) for key in LAYOUT},
         "source": {"name": name, "local": config.path is not None, **origin},
         "parts": parts,
         "class_names": source.class_names,
         "made_with": f"ecl_hf {version('ecl-hf')}",
     }
+
+
+def _choice(config: DataConfig) -> dict[str, Any]:
+    """What decides which pictures are taken; groups do where test pictures are held out, not validation pictures."""
+    choice = {key: getattr(config, key) for key in PROTOCOL}
+    return choice | {"group_column": config.group_column if config.test_fraction else None}
 
 
 def protocol(config: DataConfig, source: Source) -> str:

@@ -1,9 +1,19 @@
 """Golden counts of the published splits, and the choice of images against a transcription of the published code."""
 
+import warnings
+
 import numpy as np
 import pytest
+from sklearn.model_selection import StratifiedGroupKFold
 
-from ecl_hf.data.longtail import exponential_counts, held_out_counts, longtail_indices, pareto_counts, validation_counts
+from ecl_hf.data.longtail import (
+    exponential_counts,
+    held_out_counts,
+    held_out_groups,
+    longtail_indices,
+    pareto_counts,
+    validation_counts,
+)
 from ecl_hf.evidence.metrics import shot_groups
 
 
@@ -204,3 +214,61 @@ def test_held_out_fraction_is_checked(fraction):
 @pytest.mark.parametrize(("fraction", "expected"), [(0.1, [0, 0, 1, 1, 1, 10]), (0.9, [0, 0, 1, 2, 8, 90])])
 def test_every_class_of_three_pictures_gets_one_to_validate(fraction, expected):
     assert validation_counts([1, 2, 3, 4, 10, 100], fraction).tolist() == expected
+
+
+def grouped(seed, classes=8, number=60):
+    """Labels and groups of long-tailed pictures; a group prefers a class or two, as an animal or a site does."""
+    random = np.random.default_rng(seed)
+    counts = (random.integers(30, 200) * random.uniform(0.4, 0.9) ** np.arange(classes)).astype(int) + 1
+    labels = random.permutation(np.repeat(np.arange(classes), counts))
+    groups = np.where(random.random(len(labels)) < 0.7, labels * 7 % number, 0) + random.integers(0, 6, len(labels))
+    return labels, groups, counts
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_held_out_groups_are_whole_leave_all_classes_and_none_more_would_help(seed):
+    labels, groups, counts = grouped(seed)
+    wanted, least = held_out_counts(counts, 0.2), np.minimum(counts, 1)
+    chosen = held_out_groups(labels, groups, wanted, least, seed)
+    assert chosen.tolist() == sorted(set(chosen.tolist()))
+    kept = np.setdiff1d(np.arange(len(labels)), chosen)
+    assert not set(groups[chosen]) & set(groups[kept])
+    assert (np.bincount(labels[kept], minlength=len(counts)) >= least).all()
+
+    def distance(held):
+        return sum(((held[c] - wanted[c]) / counts[c]) ** 2 for c in range(len(counts)))
+
+    held = np.bincount(labels[chosen], minlength=len(counts))
+    for group in set(groups[kept]):
+        more = held + np.bincount(labels[groups == group], minlength=len(counts))
+        assert distance(more) >= distance(held) - 1e-9 or (counts - more < least).any()
+    assert held_out_groups(labels, groups, wanted, least, seed).tolist() == chosen.tolist()
+
+
+def test_groups_of_one_picture_give_the_wanted_numbers():
+    labels, _, counts = grouped(0)
+    wanted = held_out_counts(counts, 0.3)
+    for seed in (0, 1, "first"):
+        chosen = held_out_groups(labels, np.arange(len(labels)), wanted, np.minimum(counts, 1), seed)
+        assert np.bincount(labels[chosen], minlength=len(counts)).tolist() == wanted.tolist()
+    assert chosen.tolist() == np.sort(longtail_indices(labels, wanted, "first")).tolist()
+
+
+def test_shares_of_the_classes_are_as_near_as_those_of_scikit_learn():
+    ours, theirs = [], []
+    for seed in range(12):
+        labels, groups, counts = grouped(seed)
+        wanted = held_out_counts(counts, 0.2)
+        with warnings.catch_warnings():  # classes of three pictures
+            warnings.simplefilter("ignore")
+            _, fold = next(StratifiedGroupKFold(5).split(labels, labels, groups))
+        chosen = held_out_groups(labels, groups, wanted, np.minimum(counts, 1))
+        for errors, rows in ((ours, chosen), (theirs, fold)):
+            held = np.bincount(labels[rows], minlength=len(counts))
+            errors.append(np.abs((held - wanted) / counts).mean())
+    assert np.mean(ours) <= np.mean(theirs)
+
+
+def test_no_group_can_go_that_has_all_of_a_class():
+    labels, groups = np.array([0, 0, 0, 1, 1, 1]), np.array([0, 0, 0, 1, 1, 1])
+    assert not len(held_out_groups(labels, groups, np.array([1, 1]), np.array([1, 1])))

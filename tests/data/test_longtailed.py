@@ -1,5 +1,6 @@
 """Long-tailed splits of small data sets in every supported layout, and what the loaders make of them."""
 
+import json
 import random
 import re
 
@@ -15,8 +16,9 @@ from sklearn.datasets import load_digits
 from ecl_hf.data.config import DataConfig
 from ecl_hf.data.loaders import EpochSampler, ViewDataset, collate, evaluation_loader, train_loader
 from ecl_hf.data.longtail import longtail_indices
-from ecl_hf.data.longtailed import load_longtailed
+from ecl_hf.data.longtailed import choose_rows, load_longtailed, load_source
 from ecl_hf.data.pictures import to_rgb
+from ecl_hf.data.splits import Split
 from ecl_hf.data.views import contrastive_view, evaluation_view, supervised_view
 
 NAMES = ["ant", "bee", "cow"]
@@ -464,3 +466,86 @@ def test_parts_of_a_batch_make_up_the_batch(parts):
     split = [batch["labels"] for batch in train_loader(dataset, 4, parts)]
     assert len(split) == len(whole) // 4 * parts
     assert torch.equal(torch.cat(split), whole)
+
+
+SITES = ["x", "y", "z"]
+
+
+def write_sites(folder, sites, classes=3):
+    """Pictures 0, 1, ... of classes in turn in class folders, with a table that knows their sites."""
+    lines = []
+    for i, site in enumerate(sites):
+        name = NAMES[i % classes]
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        picture(i).save(folder / name / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{name}/{i}.png", "label": name, "site": site}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("values", [SITES, [10, 20, 30]], ids=["text", "numbers"])
+def test_groups_of_a_metadata_file_are_held_out_whole(tmp_path, values):
+    sites = [values[i % 9 // 3] for i in range(45)]  # each of three sites has each class five times
+    where = {"path": str(write_sites(tmp_path / "photos", sites)), "profile": "as_is", "group_column": "site"}
+    data = load_longtailed(DataConfig(**where, test_fraction=0.34))
+    tested = set(numbers(data.test))
+    assert len({sites[i] for i in tested}) == 1
+    assert len(tested) == 15
+    assert not {sites[i] for i in numbers(data.train)} & {sites[i] for i in tested}
+    assert data.class_counts == [10, 10, 10]
+    again = load_longtailed(DataConfig(**where, test_fraction=0.34, val_fraction=0.5))
+    assert set(numbers(again.test)) == tested
+    parts = [{sites[i] for i in numbers(part)} for part in (again.train, again.val, again.test)]
+    assert [len(part) for part in parts] == [1, 1, 1]
+    assert set().union(*parts) == set(values)
+    config = DataConfig(**where, test_fraction=0.34)
+    source = load_source(config)
+    split = Split.write(tmp_path / "split", config, source, choose_rows(config, source))
+    found = load_longtailed(DataConfig(**where, test_fraction=0.34, split=str(split.path), val_fraction=0.5))
+    assert [numbers(found.test), numbers(found.val)] == [numbers(again.test), numbers(again.val)]
+    with pytest.raises(ValueError, match=r"data\.group_column is None, there site"):
+        load_longtailed(DataConfig(**where | {"group_column": None}, test_fraction=0.34, split=str(split.path)))
+
+
+def test_groups_of_a_column_of_a_data_set(tmp_path):
+    labels = [0, 1, 2] * 8
+    columns = features(site=datasets.ClassLabel(names=SITES))
+    folder = write_parquet(tmp_path / "pictures", labels, columns=columns, site=0)
+    rows = datasets.load_dataset(str(folder), split="train").remove_columns("site")
+    rows.add_column("site", [i // 12 for i in range(24)]).to_parquet(folder / "train-00000-of-00001.parquet")
+    rest = {"path": str(folder), "profile": "as_is", "label_column": "label", "val_fraction": 0.5}
+    data = load_longtailed(DataConfig(**rest, group_column="site"))
+    assert sorted(map(sorted, (numbers(data.train), numbers(data.val)))) == [list(range(12)), list(range(12, 24))]
+    assert len(data.test) == len(TEST_LABELS)
+
+
+@pytest.mark.parametrize(
+    ("sites", "changes", "message"),
+    [
+        (["x"] * 12, {}, "1 groups are too few; none can be held out"),
+        (["x", "y", "z"] * 4, {}, "3 groups are too few"),  # a site for each class
+        (["x", "y"] * 6, {"group_column": "place"}, "has no column 'place' .* it has image, label, site"),
+        (["x", None] * 6, {}, "row 1 has no site .data.group_column; 6 such rows."),
+        (["x", "y"] * 6, {"group_column": "image"}, "'image' .* holds Image.*, not values"),
+    ],
+    ids=["single", "by class", "unknown", "missing", "pictures"],
+)  # fmt: skip
+def test_groups_that_can_not_be_held_out_are_refused(tmp_path, sites, changes, message):
+    folder = write_sites(tmp_path / "photos", sites)
+    config = DataConfig(path=str(folder), profile="as_is", test_fraction=0.3, **({"group_column": "site"} | changes))
+    with pytest.raises(ValueError, match=message):
+        load_longtailed(config)
+
+
+def test_groups_need_a_table_and_something_to_hold_out(tmp_path):
+    with pytest.raises(ValueError, match=r"set data\.test_fraction or data\.val_fraction"):
+        DataConfig(group_column="site")
+    folder = write_sites(tmp_path / "photos", ["x", "y"] * 6)
+    (folder / "metadata.jsonl").unlink()
+    config = DataConfig(path=str(folder), profile="as_is", test_fraction=0.3, group_column="site")
+    with pytest.raises(
+        ValueError, match=r"write .*metadata\.csv with the columns file_name .such as ant/1\.jpg., label"
+    ):
+        load_longtailed(config)
+    with pytest.raises(ValueError, match="the digits have no column 'site'"):
+        load_longtailed(DataConfig(source="digits", val_fraction=0.3, group_column="site"))
