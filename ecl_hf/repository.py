@@ -3,6 +3,7 @@
 A repository is untrusted input: what is wrong with it is an error that names the file.
 """
 
+import json
 import operator
 import re
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import cached_files, extract_commit_hash
@@ -134,6 +136,29 @@ def positions(experts: Sequence[int], config: ECLConfig, source: str | Path) -> 
             f"experts={experts} must be a list of different experts out of 0..{config.num_experts - 1} of {source}"
         )
     return chosen
+
+
+def join_shared(directory: Path) -> None:
+    """Put the weights that experts share into one file, behind theirs: transformers cuts them to an expert's size."""
+    file = directory / SAFE_WEIGHTS_INDEX_NAME
+    if not file.exists():
+        return
+    index = read_object(file)
+    names = index["weight_map"]
+    experts = {int(key.split(".")[1]): name for key, name in names.items() if key.startswith("experts.")}
+    shared = sorted(set(names.values()) - set(experts.values()))
+    if len(shared) < 2:
+        return
+    tensors = {key: tensor for name in shared for key, tensor in load_file(directory / name).items()}
+    renamed = dict.fromkeys(shared, f"model-{len(experts) + 1:05}-of-{len(experts) + 1:05}.safetensors")
+    save_file(tensors, directory / renamed[shared[0]], {"format": "pt"})
+    for name in shared:
+        (directory / name).unlink()
+    for position, k in enumerate(sorted(experts), 1):
+        renamed[experts[k]] = f"model-{position:05}-of-{len(experts) + 1:05}.safetensors"
+        (directory / experts[k]).rename(directory / renamed[experts[k]])
+    index["weight_map"] = {key: renamed[name] for key, name in names.items()}
+    file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def seal_weights(directory: Path) -> None:

@@ -194,6 +194,32 @@ def test_fewer_activations_kept_are_the_same_gradients(architecture, model_args)
         torch.testing.assert_close(other, plain, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("num_experts", [1, 2])
+def test_whole_encoder_is_shared(tmp_path, num_experts):
+    model = ensemble("all", num_experts=num_experts, aggregation="mean").eval()
+    assert {name.split(".")[2] for name in model.experts.state_dict() if name} <= {"weight", "bias"}
+    image = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        output = model(image, output_features=True)
+        features = model.trunk.backbone(image)
+        for k, expert in enumerate(model.experts):
+            torch.testing.assert_close(output.features[:, k], features)
+            torch.testing.assert_close(output.expert_logits[:, k], expert.head(features))
+        model.save_pretrained(tmp_path / "ecl")
+        assert len(list((tmp_path / "ecl").glob("*.safetensors"))) == num_experts + 1
+        again = ECLForImageClassification.from_pretrained(tmp_path / "ecl")
+        torch.testing.assert_close(again(image).logits, output.logits)
+        (tmp_path / "timm").mkdir()
+        save_timm(model, num_experts - 1, tmp_path / "timm")
+        plain = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+        torch.testing.assert_close(plain(image), output.expert_logits[:, -1])
+    sizes = describe_model(model)
+    heads = num_experts * sum(parameter.numel() for parameter in model.experts[0].parameters())
+    assert sizes["parameters"] == heads + sum(
+        parameter.numel() for parameter in create_encoder("resnet20_cifar").parameters()
+    )
+
+
 def test_trunks_run_once_and_keep_their_activations_once():
     model = ensemble(num_experts=3)
     calls, kept = [], []
@@ -210,8 +236,9 @@ def test_trunks_run_once_and_keep_their_activations_once():
     assert kept[0] < 0.6 * kept[1]
 
 
-def test_chosen_expert_downloads_its_file_and_the_trunks(hub):
-    model, image = ensemble(num_experts=3).eval(), torch.randn(2, 3, 32, 32)
+@pytest.mark.parametrize("shared", [2, "all"])
+def test_chosen_expert_downloads_its_file_and_the_trunks(hub, shared):
+    model, image = ensemble(shared, num_experts=3).eval(), torch.randn(2, 3, 32, 32)
     model.push_to_hub("owner/shared")
     loaded = ECLForImageClassification.from_pretrained("owner/shared", experts=[1])
     assert torch.equal(loaded(image).expert_logits, model(image).expert_logits[:, [1]])
@@ -223,7 +250,7 @@ def test_chosen_expert_downloads_its_file_and_the_trunks(hub):
 
 @pytest.mark.parametrize("num_experts", [1, 3])
 def test_trunk_larger_than_an_expert_comes_back(tmp_path, num_experts):
-    """It then takes several files; the experts' are as ever."""
+    """It is one file, and so is each expert's."""
     model = ensemble(4, architecture="test_efficientnet", num_experts=num_experts).eval()
     trunk, expert = (sum(p.numel() for p in part.parameters()) for part in (model.trunk, model.experts[0]))
     assert trunk > expert
@@ -233,6 +260,7 @@ def test_trunk_larger_than_an_expert_comes_back(tmp_path, num_experts):
         prefix: {file for key, file in weights.items() if key.startswith(prefix)} for prefix in ("experts", "trunk")
     }
     assert len(parts["experts"]) == num_experts
+    assert len(parts["trunk"]) == 1
     assert not parts["experts"] & parts["trunk"]
     loaded = ECLForImageClassification.from_pretrained(tmp_path, experts=[num_experts - 1])
     image = torch.randn(2, *model.config.pretrained_cfg["input_size"])

@@ -19,7 +19,7 @@ class ModelConfig:
     """What moves of the encoders: `all`; `norm_bias`, normalisation layers and biases; `lora`, low-rank additions to
     linear layers and dense convolutions, which merge into them at the end; `adapter`, AdaptFormers beside the MLPs of
     transformer blocks, which stay a part of the published model; or `head`, nothing: features of all pictures are
-    computed once then, kept in the run folder, and an epoch takes seconds."""
+    computed once then, kept in the run folder, and an epoch takes seconds. All experts share the encoder then."""
     rank: int | None = None
     """Rank of `lora`, or width of `adapter`; LIFT's rule when not given: the largest power of two with which they have
     no more weights than the classifier, at least 1."""
@@ -56,6 +56,8 @@ class ModelConfig:
         require(
             self.rank is None or 1 <= self.rank <= MAX_RANK, f"model.rank must lie in 1..{MAX_RANK}, got {self.rank}"
         )
+        whole = self.tune == "head" and (self.share_stages or self.share_blocks)
+        require(not whole, "model.share_stages: with model.tune head experts share the whole encoder; leave it out")
         for name in ("share_stages", "share_blocks"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"model.{name} must not be negative, got {value}")

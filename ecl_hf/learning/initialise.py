@@ -48,7 +48,7 @@ def initialise_model(
         ECLConfig(
             architecture=config.architecture,
             num_experts=num_experts,
-            share_stages=stages,
+            share_stages="all" if config.tune == "head" and num_experts > 1 else stages,
             share_blocks=blocks,
             aggregation=method.aggregation(counts, settings, num_experts) if method.aggregation else "mean",
             classifier=head.kind,
@@ -64,7 +64,7 @@ def initialise_model(
             label2id={name: c for c, name in enumerate(class_names)},
         )
     )
-    if model.trunk is not None:
+    if stages:
         _check_cut(model)
     if state is not None:
         for part in (*model.experts, *filter(None, [model.trunk])):
@@ -73,7 +73,12 @@ def initialise_model(
 
 
 def shared_parts(config: ModelConfig, method: Method) -> tuple[int, int]:
-    """Stages and further blocks that the experts share: the recipe's, or the method's where it says nothing."""
+    """Stages and further blocks that the experts share: the recipe's, or the method's where it says nothing.
+
+    With `model.tune head` they share the whole encoder, which is no matter of stages.
+    """
+    if config.tune == "head":
+        return 0, 0
     if config.share_stages is not None or method.experts.shared is None:
         return config.share_stages or 0, config.share_blocks
     with torch.device("meta"):  # no weights, and no random numbers

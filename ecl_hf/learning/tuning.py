@@ -119,10 +119,11 @@ def check_kept_features(method: Method, name: str, *, pretrained: bool | str, st
         raise ValueError("model.tune head trains heads on a pretrained encoder: set model.pretrained")
     if streaming:
         raise ValueError("model.tune head keeps the features of all training pictures, which a stream does not allow")
+    reasons = {"teacher": "shows its pictures to a teacher", "branches": "reads what lies before the features"}
     for stage in method.stages:
-        if stage.mixing or "teacher" in stage.needs:
-            lacking = "mixes pictures" if stage.mixing else "shows its pictures to a teacher"
-            raise ValueError(f"model.tune head keeps features instead of pictures, but {name} {lacking}")
+        lacking = ["mixes pictures"] if stage.mixing else [reasons[need] for need in reasons if need in stage.needs]
+        if lacking:
+            raise ValueError(f"model.tune head keeps features instead of pictures, but {name} {lacking[0]}")
 
 
 class FrozenEncoder:

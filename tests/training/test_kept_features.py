@@ -60,6 +60,31 @@ def test_heads_learn_what_a_model_of_pictures_gives_back(train, pretrained):
     assert not any("backbone" in key for key in load_file(checkpoint))
 
 
+def test_experts_on_one_encoder_are_small_files_beside_it(train, pretrained, tmp_path):
+    run = train("run", "--method=ride", "--epochs=1")
+    files = {}
+    for key, name in json.loads((run / "model/model.safetensors.index.json").read_text())["weight_map"].items():
+        files.setdefault(name, set()).add(".".join(key.split(".")[:2]))
+    names = [f"model-0000{n}-of-00004.safetensors" for n in range(1, 5)]
+    parts = [{"experts.0"}, {"experts.1"}, {"experts.2"}, {"trunk.backbone"}]
+    assert files == dict(zip(names, parts, strict=True))
+    sizes = [(run / "model" / name).stat().st_size for name in names]
+    assert max(sizes[:3]) < sizes[3] / 10
+    whole = ECLForImageClassification.from_pretrained(run / "model").eval()
+    encoder = load_file(pretrained)
+    assert all(torch.equal(tensor, encoder[name]) for name, tensor in whole.trunk.backbone.state_dict().items())
+    (run / "model" / names[0]).unlink()
+    one = ECLForImageClassification.from_pretrained(run / "model", experts=[1]).eval()
+    plain = timm.create_model("resnet20_cifar", num_classes=10).eval()
+    head = {f"fc.{name}": tensor for name, tensor in one.experts[0].head.state_dict().items()}
+    plain.load_state_dict(encoder | {"fc.bias": torch.zeros(10)} | head)
+    image = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(one(image).logits, whole(image).expert_logits[:, 1])
+        if whole.config.classifier == "linear":
+            torch.testing.assert_close(one(image).logits, plain(image))
+
+
 def test_epoch_and_temperature_are_chosen_on_the_validation_pictures(train):
     run = train("run", "--method=bc", "--epochs=5", "--data.val_fraction=0.3", "--optim.lr=0.02", "--data.max_count=40")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
