@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "train on a long-tailed data set, or on a folder of pictures",
     "evaluate": "test a trained model, with all metrics",
     "predict": "classify pictures",
+    "weigh": "weigh a model's experts by unlabelled pictures",
     "export": "publish a model: Hub repository, timm, ONNX",
     "figures": "draw figures and a report of runs",
     "data": "make, verify and publish long-tailed splits",

@@ -41,13 +41,19 @@ def short_card(config: ECLConfig, repo_id: str | None, tags: Sequence[str] = ())
     )
     repo_id = repo_id or "REPOSITORY"
     ensemble = f"{config.num_experts} x {config.architecture}, {config.num_labels} classes"
+    weighted = (
+        "The weights of the experts were found on unlabelled pictures (`weighted_on` in config.json): scores on these\n"
+        "pictures are transductive.\n\n"
+        if config.weighted_on
+        else ""
+    )
     return ModelCard(
         f"---\n{metadata}\n---\n\n# Long-tailed image classifier\n\n"
         f"An ensemble for long-tailed data ({ensemble}), one safetensors file per expert.\n\n"
         "```python\nfrom transformers import pipeline\n\n"
         f'classify = pipeline("image-classification", model="{repo_id}", trust_remote_code=True)\n```\n\n'
         f'With the package `ecl_hf`, `ECLForImageClassification.from_pretrained("{repo_id}", experts=[0])` reads one\n'
-        "expert alone, and `trust_remote_code` is not needed.\n\nEvaluation: not measured.\n"
+        f"expert alone, and `trust_remote_code` is not needed.\n\n{weighted}Evaluation: not measured.\n"
     )
 
 

@@ -126,9 +126,11 @@ def test_experts_that_leave_a_class_to_others_are_refused(tmp_path):
 def test_other_classes_have_no_use_for_the_old_weights(tmp_path):
     model = ensemble(MASK)
     model.config.logit_prior = [-1.0, -2.0, -3.0]
+    model.config.weighted_on = "9 pictures"
     model.save_pretrained(tmp_path)
     other = ECLForImageClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
     assert (other.config.aggregation, other.config.logit_prior) == ("mean", "uniform")
+    assert other.config.weighted_on is None
 
 
 def test_no_file_of_an_expert_holds_the_router(tmp_path):

@@ -47,6 +47,7 @@ from ecl_hf.evidence.metrics import class_accuracy, confusion_matrix, reliabilit
 from ecl_hf.heads import create_head
 from ecl_hf.methods import METHODS
 from ecl_hf.methods.ecl import BALANCED, BALANCED_DETACHED, INVERTED, SHUFFLED
+from ecl_hf.names import printable
 from ecl_hf.runs.folder import RunFolder, describe_environment, describe_model, write_atomically
 from ecl_hf.runs.recipe import Recipe
 
@@ -267,6 +268,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         sys.exit(f"error: {error}; data.on_error skip in the recipe leaves it out")
     results = {
         "model": args.model,
+        "weighted_on": plain.config.weighted_on,
         "test": summarise(predictions, counts),
         "test_images": len(predictions.labels),
         "broken_pictures": {"test": len(predictions.left_out), "first": pictures.defects(predictions.left_out[:10])},
@@ -279,6 +281,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for name in ("plain", "flip"):
             table = format_table(results["test"][name])
             print(f"{args.model} on {len(predictions.labels)} test images, {name}, in %\n{table}")
+        if plain.config.weighted_on:
+            print(f"the experts' weights were found on {printable(plain.config.weighted_on)}, without labels")
         if advice := diagnose(plain):
             print(advice)
         if predictions.left_out:

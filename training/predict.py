@@ -6,7 +6,6 @@ python training/predict.py --run runs/quickstart          # some pictures of the
 """
 
 import csv
-import glob
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ecl_hf import ECLForImageClassification
-from ecl_hf.data.folders import PICTURES
+from ecl_hf.data.folders import find_pictures
 from ecl_hf.data.longtailed import load_longtailed
 from ecl_hf.data.pictures import BrokenPictureError, decode
 from ecl_hf.evidence.calibration import estimate_prior
@@ -37,26 +36,6 @@ from ecl_hf.terminal import refusing
 BATCH = 32
 Answer = list[dict[str, str | float]]
 Picture = tuple[str, Image.Image]
-
-
-def find_pictures(names: Sequence[str]) -> list[Path]:
-    """Picture files: those that are named, all in the folders that are named and below, and what a glob finds.
-
-    Raises:
-        FileNotFoundError: a name stands for nothing.
-    """
-    found: list[Path] = []
-    for name in names:
-        if Path(name).is_dir():
-            inside = (path for path in sorted(Path(name).rglob("*")) if path.suffix.lower() in PICTURES)
-            new = [path for path in inside if path.is_file()]
-        else:
-            matches = map(Path, sorted(glob.glob(name, recursive=True)))  # noqa: PTH207 (it may be absolute)
-            new = [Path(name)] if Path(name).is_file() else [path for path in matches if path.is_file()]
-        if not new:
-            raise FileNotFoundError(f"{name} is no picture, and no folder or pattern with pictures")
-        found += new
-    return list(dict.fromkeys(found))
 
 
 def readable(paths: Sequence[Path], broken: list[str]) -> Iterator[Picture]:

@@ -1,5 +1,6 @@
 """Picture files as data sets, and trees of class folders."""
 
+import glob
 import os
 import warnings
 from collections import Counter
@@ -19,6 +20,26 @@ PICTURES = frozenset(ending for ending, kind in Image.registered_extensions().it
 SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
 TABLES = (".parquet", ".arrow", "metadata.csv", "metadata.jsonl")
 """Endings of files that say themselves what the classes are."""
+
+
+def find_pictures(names: Sequence[str]) -> list[Path]:
+    """Picture files: those that are named, all in the folders that are named and below, and what a glob finds.
+
+    Raises:
+        FileNotFoundError: a name stands for nothing.
+    """
+    found: list[Path] = []
+    for name in names:
+        if Path(name).is_dir():
+            inside = (path for path in sorted(Path(name).rglob("*")) if path.suffix.lower() in PICTURES)
+            new = [path for path in inside if path.is_file()]
+        else:
+            matches = map(Path, sorted(glob.glob(name, recursive=True)))  # noqa: PTH207 (it may be absolute)
+            new = [Path(name)] if Path(name).is_file() else [path for path in matches if path.is_file()]
+        if not new:
+            raise FileNotFoundError(f"{name} is no picture, and no folder or pattern with pictures")
+        found += new
+    return list(dict.fromkeys(found))
 
 
 def pictures(files: Sequence[str], labels: np.ndarray, class_names: Sequence[str]) -> datasets.Dataset:

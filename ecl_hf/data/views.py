@@ -174,6 +174,17 @@ def _flip(horizontal_flip: bool) -> list[Callable]:
     return [T.RandomHorizontalFlip()] if horizontal_flip else []
 
 
+def _padded_crop(data_config: dict[str, Any], horizontal_flip: bool) -> list[Callable]:
+    size = data_config["input_size"][-1]
+    interpolation = str_to_interp_mode(data_config.get("interpolation", "bilinear"))
+    return [
+        T.Resize(size, interpolation),
+        CenterCrop(size),
+        RandomCrop(size, padding=size // 8),
+        *_flip(horizontal_flip),
+    ]
+
+
 def supervised_view(
     data_config: dict[str, Any],
     augmentation: Literal["cifar", "imagenet", "plain"] = "cifar",
@@ -191,7 +202,7 @@ def supervised_view(
     size = data_config["input_size"][-1]
     interpolation = str_to_interp_mode(data_config.get("interpolation", "bilinear"))
     flip = _flip(horizontal_flip)
-    padded_crop = [T.Resize(size, interpolation), CenterCrop(size), RandomCrop(size, padding=size // 8), *flip]
+    padded_crop = _padded_crop(data_config, horizontal_flip)
     resized_crop = [T.RandomResizedCrop(size, interpolation=interpolation), *flip, ColorJitter(0.4, 0.4, 0.4)]
     if augmentation == "cifar":
         policy = AutoAugment(T.AutoAugmentPolicy.CIFAR10, fill=GREY)
@@ -215,6 +226,26 @@ def contrastive_view(data_config: dict[str, Any], horizontal_flip: bool = True) 
             T.RandomApply([ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
             T.RandomGrayscale(p=0.2),
             T.RandomApply([GaussianBlur((0.1, 2.0))], p=0.5),
+            to_pixels,
+        ],
+        data_config,
+    )
+
+
+def agreement_view(data_config: dict[str, Any], horizontal_flip: bool = True) -> View:
+    """View by which SADE weighs experts: padded crop, jitter, grey and blur up to 64 pixels, `contrastive_view` above.
+
+    Arguments are those of `supervised_view`.
+    """
+    size = data_config["input_size"][-1]
+    if size > SMALL:
+        return contrastive_view(data_config, horizontal_flip)
+    return RandomView(
+        [
+            *_padded_crop(data_config, horizontal_flip),
+            T.RandomApply([ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            T.RandomGrayscale(p=0.2),
+            T.RandomApply([GaussianBlur((0.1, 2.0))], p=0.2),
             to_pixels,
         ],
         data_config,

@@ -11,8 +11,8 @@ sorting algorithm. No 1e-9 inside the logarithms.
 On an exponential profile the mean of the raw logits is unbiased for a uniform test set at `tau` 1; the published 2
 favours rare classes.
 
-The weights for a test set are found without labels, but from all of its images before one is scored: such results are
-transductive, to be reported as that.
+The weights for a test set are found by `training/weigh.py` (`evidence/weighing.py`) without labels, but from all of its
+images before one is scored: such results are transductive, to be reported as that.
 
 Published, uniform test set, mean of three experts, best test epoch on CIFAR: CIFAR-100-LT, ResNet-32, 200 epochs,
 imbalance 10/50/100: 63.6 / 53.9 / 49.8; ImageNet-LT, ResNeXt-50, 180 epochs: 58.8; iNaturalist 2018, ResNet-50, 100
@@ -23,9 +23,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ecl_hf.losses import carried_log_prior, full_precision, log_class_prior, shifted_cross_entropy
+from ecl_hf.losses import carried_log_prior, log_class_prior, shifted_cross_entropy
 from ecl_hf.methods.base import Experts, HeadKind, Method, PerImage, Stage, TaskOutputs, Term
 from ecl_hf.methods.ldam import unit_rows
 from ecl_hf.methods.ride import all_but_two_stages
@@ -50,21 +49,6 @@ def sade_shifts(class_counts: Tensor, tau: float) -> Tensor:
     """Added to the logits of the three experts: `0`, `log pi`, `log pi - tau log pi_reversed`; [C] -> [3, C]."""
     log_prior = log_class_prior(class_counts)
     return torch.stack([torch.zeros_like(log_prior), log_prior, log_prior - tau * reversed_prior(log_prior)])
-
-
-def prediction_stability(expert_logits: Tensor, raw_weights: Tensor) -> Tensor:
-    """How alike the weighted experts predict two views of an image: mean cosine of the two softmax outputs.
-
-    Args:
-        expert_logits: raw logits of two views, [2, B, K, C].
-        raw_weights: of the experts, before their softmax, [K].
-
-    Returns:
-        [], at most 1.
-    """
-    expert_logits, raw_weights = full_precision(expert_logits, raw_weights)
-    first, second = torch.einsum("k,vbkc->vbc", raw_weights.softmax(0), expert_logits).softmax(-1)
-    return F.cosine_similarity(first, second, dim=-1, eps=1e-6).mean()
 
 
 def _supervision(out: TaskOutputs, settings: SADESettings) -> PerImage:

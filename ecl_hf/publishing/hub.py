@@ -154,6 +154,7 @@ def model_card(
         classes=list(zip(names, counts, strict=True)) if counts else None,
         groups={name: int(mask.sum()) for name, mask in shot_groups(counts).items()} if counts else None,
         license_name=license,
+        weighted_on=in_markdown(config.weighted_on or ""),
         plot=plot,
         expert=expert,
         best=best_expert(results),

@@ -15,7 +15,7 @@ from torchvision import transforms as T
 from transformers import TimmWrapperImageProcessor
 
 from ecl_hf.data import views
-from ecl_hf.data.views import Cutout, GaussianBlur, contrastive_view, evaluation_view, supervised_view
+from ecl_hf.data.views import Cutout, GaussianBlur, agreement_view, contrastive_view, evaluation_view, supervised_view
 
 
 def data_config(size, **more):
@@ -343,6 +343,10 @@ def published_views(config, augmentation):
             ]
         )
     padded = [T.Resize(size, interpolation), T.CenterCrop(size), T.RandomCrop(size, padding=size // 8)]
+    if augmentation == "agreement":
+        jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+        blur = T.RandomApply([GaussianBlur((0.1, 2.0))], p=0.2)
+        return T.Compose([*padded, T.RandomHorizontalFlip(), jitter, T.RandomGrayscale(p=0.2), blur, *end])
     resized = [T.RandomResizedCrop(size, interpolation=interpolation)]
     flip, jitter = T.RandomHorizontalFlip(), T.ColorJitter(0.4, 0.4, 0.4)
     if augmentation == "cifar":
@@ -355,14 +359,16 @@ def published_views(config, augmentation):
 
 
 @pytest.mark.parametrize(
-    ("augmentation", "size"), [("cifar", 32), ("imagenet", 32), ("contrastive", 32), ("plain", 32), ("plain", 96)]
+    ("augmentation", "size"),
+    [("cifar", 32), ("imagenet", 32), ("contrastive", 32), ("plain", 32), ("plain", 96), ("agreement", 32)],
 )
 def test_random_views_are_torchvisions_draw_by_draw(augmentation, size, monkeypatch):
     """Bit by bit the same, once both shift the hue in the same way."""
     config = data_config(size)
     expected = published_views(config, augmentation)
+    make = {"contrastive": contrastive_view, "agreement": agreement_view}
     monkeypatch.setattr(T.functional, "adjust_hue", views.shift_hue)
-    view = contrastive_view(config) if augmentation == "contrastive" else supervised_view(config, augmentation)
+    view = make[augmentation](config) if augmentation in make else supervised_view(config, augmentation)
     image = Image.fromarray(np.kron(np.array(noise(5, 6)), np.ones((8, 8, 1), np.uint8)))
     for seed in range(60):
         outs = []

@@ -35,9 +35,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("target", [PRIOR, [0.2] * 5, [0.05, 0.1, 0.5, 0.15, 0.2]], ids=["train", "uniform", "other"])
 @pytest.mark.parametrize("case", CASES)
-def test_target_prior_gives_the_posterior_of_the_test_set(case, target, monkeypatch):
+def test_target_prior_gives_the_posterior_of_the_test_set(case, monkeypatch):
     changes, shifts = CASES[case]
     method = METHODS[case.partition(",")[0]]
     config = ModelConfig(architecture="resnet20_cifar", image_size=8)
@@ -50,6 +49,7 @@ def test_target_prior_gives_the_posterior_of_the_test_set(case, target, monkeypa
         ]
     )
     monkeypatch.setattr(model, "_run_experts", lambda _: (torch.zeros(6, 3, 1), logits))
-    found = model(torch.zeros(6, 3, 8, 8), target_prior=target).logits.softmax(-1)
-    expected = torch.tensor(target, dtype=torch.double) * likelihoods
-    assert_close(found.double(), expected / expected.sum(-1, keepdim=True), rtol=1e-5, atol=1e-6)
+    for target in (PRIOR, [0.2] * 5, [0.05, 0.1, 0.5, 0.15, 0.2]):
+        found = model(torch.zeros(6, 3, 8, 8), target_prior=target).logits.softmax(-1)
+        expected = torch.tensor(target, dtype=torch.double) * likelihoods
+        assert_close(found.double(), expected / expected.sum(-1, keepdim=True), rtol=1e-5, atol=1e-6)
