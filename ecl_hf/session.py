@@ -50,6 +50,7 @@ from ecl_hf.learning.finite import StepCheck, check_saved, check_weights
 from ecl_hf.learning.initialise import initialise_model, shared_parts
 from ecl_hf.learning.memory import checkpoint_blocks, checkpoint_experts, counted_once, keep_freed_memory
 from ecl_hf.learning.optimiser import build_optimizer, learning_rate
+from ecl_hf.learning.precision import bfloat16_fault
 from ecl_hf.learning.stages import begin_heads, check_stages, fold_heads
 from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.learning.teachers import load_teacher
@@ -203,6 +204,8 @@ class Session:
         )
         if absent := set(args.report_to) - {tracker.value for tracker in accelerator.log_with}:
             raise ValueError(f"report_to: {', '.join(absent)} is not installed")
+        if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu":
+            accelerator.native_amp = False  # whether it pays is found out before the first step
         return accelerator
 
     def _save_memory(self) -> None:
@@ -265,6 +268,26 @@ class Session:
         self.around_backward = partial(counted_once, self.plain) if repeating else nullcontext
         self.undo = recipe.train.on_nonfinite == "skip"
         self.check = StepCheck(self.plain, accelerator.reduce, gradients=accelerator.scaler is None, undo=self.undo)
+
+    @property
+    def mixed_precision(self) -> str:
+        """Of the forward: Accelerate's, but for bfloat16 on a CPU, which is tried first."""
+        return self.progress.mixed_precision or self.accelerator.mixed_precision
+
+    def _choose_precision(self, batch: dict[str, torch.Tensor]) -> None:
+        """Take bfloat16 on a CPU only if it gives a batch's numbers, and faster; a resumed run does as before."""
+        accelerator = self.accelerator
+        if self.progress.mixed_precision or accelerator.native_amp or accelerator.mixed_precision != "bf16":
+            return
+        [fault] = broadcast_object_list([bfloat16_fault(self.plain, batch)])
+        self.progress.mixed_precision = "no" if fault else "bf16"
+        if fault:
+            self.say(f"bfloat16 is left off: {fault}")
+
+    def _in_precision(self) -> torch.autocast | nullcontext:
+        """What the forward runs in where Accelerate does not see to it."""
+        half = self.progress.mixed_precision == "bf16" and not self.accelerator.native_amp
+        return torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
 
     def _seed(self, stage: int) -> int:
         """The recipe's seed, and another one for each later stage."""

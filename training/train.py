@@ -187,8 +187,10 @@ class Training(Session):
             for batch in batches_of_step:
                 broken.update(batch.pop("broken", ()))
             for batch in self._complete(batches_of_step):
+                self._choose_precision(batch)
                 with self.accelerator.accumulate(self.task):
-                    out = self.task(**batch)
+                    with self._in_precision():
+                        out = self.task(**batch)
                     with self.around_backward():
                         self.accelerator.backward(out["loss"])
                 keys = None if out["keys"] is None else self.accelerator.gather((out["keys"], batch["labels"]))
@@ -337,7 +339,7 @@ class Training(Session):
         commits = {"commit": self.progress.commit, "commit_of_test": self.environment["commit"]}
         results |= {
             **describe_model(self.model),
-            "mixed_precision": self.accelerator.mixed_precision,
+            "mixed_precision": self.mixed_precision,
             **self.environment,
             **commits,
         }

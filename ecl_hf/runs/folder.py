@@ -61,6 +61,7 @@ class Progress:
         skipped: optimiser steps of the whole run that were left out: not finite, or overflown in half precision.
         skipped_before: those of them before the running stage.
         best: the best balanced accuracy on the validation pictures so far, and after which epoch (from 1) it was found.
+        mixed_precision: of a CPU that was asked for bfloat16: `bf16`, or `no` where it did not pay; else None.
         ended: whether the run came to its end before its last epoch, since it did not get better.
         missing: micro-batches of the running epoch that are not in its sums, because their step was left out.
     """
@@ -80,6 +81,7 @@ class Progress:
     best: float | None = None
     best_epoch: int | None = None
     ended: bool = False
+    mixed_precision: str | None = None
 
     @classmethod
     def read(cls, file: Path) -> "Progress":

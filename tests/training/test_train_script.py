@@ -126,6 +126,25 @@ def test_resumed_run_is_bit_identical(workers, tmp_path):
     assert_same_run(whole, parts)
 
 
+def test_precision_is_chosen_once_for_a_run(tmp_path, monkeypatch, capsys):
+    """Where it was chosen by the clock, a resumed run must not choose again."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    runs = {}
+    for name, fault in (("bf16", ""), ("no", "it is slower")):
+        monkeypatch.setattr("ecl_hf.session.bfloat16_fault", lambda *_, fault=fault: fault)
+        whole = train(tmp_path / name, "--method=bc", "--epochs=1")
+        train(tmp_path / f"{name}_parts", "--method=bc", "--epochs=1", "--train.max_steps=2")
+        monkeypatch.setattr("ecl_hf.session.bfloat16_fault", None)
+        assert_same_run(whole, train(tmp_path / f"{name}_parts", "--method=bc", "--epochs=1", "--resume"))
+        assert json.loads((whole / "results.json").read_text())["mixed_precision"] == name
+        runs[name] = weights(whole)
+    assert "bfloat16 is left off: it is slower" in capsys.readouterr().out
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    plain = weights(train(tmp_path / "plain", "--method=bc", "--epochs=1"))
+    assert all(torch.equal(plain[key], value) for key, value in runs["no"].items())
+    assert not all(torch.equal(plain[key], value) for key, value in runs["bf16"].items())
+
+
 def test_number_of_workers_does_not_change_the_run(tmp_path):
     runs = [train(tmp_path / str(n), "--method=fld_cpt", f"--data.num_workers={n}", "--epochs=1") for n in (0, 2)]
     assert_same_run(*runs)
