@@ -316,7 +316,8 @@ class Session:
 
     def _keep_features(self) -> None:
         """Let the frozen encoder look at all pictures once, or read what it saw, and train on that from here on."""
-        accelerator, parts = self.accelerator, {"train": self.data.train, "val": self.data.val}
+        accelerator = self.accelerator
+        parts = {"train": self.data.train, "val": self.data.val, "test": self.data.test}
         labels = [labels_of(pictures).tolist() for pictures in parts.values() if pictures is not None]
         about = json.dumps([self.recipe.data.horizontal_flip, self.model.config.pretrained_cfg, labels])
         fingerprint = hashlib.sha256(about.encode() + self.encoder.digest()).hexdigest()
@@ -328,7 +329,7 @@ class Session:
                 if pictures is not None:
                     loader = self._evaluation_loader(pictures)
                     batches = tqdm(loader, f"features, {part}", disable=not accelerator.is_main_process, leave=False)
-                    mirrored = self.recipe.data.horizontal_flip and part == "train"
+                    mirrored = part == "test" or (part == "train" and self.recipe.data.horizontal_flip)
                     with refusing(self.recipe):
                         found = encode(self.encoder, batches, mirrored, accelerator.gather_for_metrics)
                     kept |= {f"{part}.{name}": tensor for name, tensor in found.items()}
@@ -462,16 +463,25 @@ class Session:
         tensors = (found.labels, found.expert_logits, found.features)
         return tensors if not found.left_out else tuple(with_gaps(tensor, found.left_out) for tensor in tensors)
 
-    def _predict(self, part: str, model: torch.nn.Module) -> Predictions:
-        """What a model makes of the training or validation pictures in the evaluation view."""
+    def _predict(self, part: str, model: torch.nn.Module, **options: bool) -> Predictions:
+        """What a model makes of the training, validation or test pictures in the evaluation view.
+
+        Args:
+            part: `train`, `val` or `test`.
+            model: the ensemble or another one.
+            options: of `predict`; features and no mirrored pictures unless they say otherwise.
+        """
+        options = {"with_features": True, "with_flip": False} | options
         if self.encoder:
             labels = torch.from_numpy(labels_of(getattr(self.data, part)))
             labels = torch.where(self.kept[f"{part}.there"], labels, -1)
-            batches = in_batches(self.kept[f"{part}.features"][0], labels)
+            batches = in_batches(self.kept[f"{part}.features"], labels)
             batches = ({name: value.to(self.accelerator.device) for name, value in batch.items()} for batch in batches)
-            return predict(model, batches, with_features=True, with_flip=False)
-        loader = or_exit(self._evaluation_loader(getattr(self.data, part)), self.recipe)
-        return predict(model, loader, self.accelerator.gather_for_metrics, with_features=True, with_flip=False)
+            return predict(model, batches, **options)
+        loader = self._evaluation_loader(getattr(self.data, part))
+        if part == "test":
+            loader = tqdm(loader, "testing", disable=None if self.accelerator.is_main_process else True, leave=False)
+        return predict(model, or_exit(loader, self.recipe), self.accelerator.gather_for_metrics, **options)
 
     def _picture_weights(self) -> np.ndarray | None:
         weights = [part.picture_weights for part in self.plain.parts.values() if part.picture_weights is not None]

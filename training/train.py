@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from ecl_hf.data.loaders import draw_seed
 from ecl_hf.evidence.calibration import fit_temperature
-from ecl_hf.evidence.evaluation import predict, score
+from ecl_hf.evidence.evaluation import score
 from ecl_hf.evidence.results import describe_run, report
 from ecl_hf.heads import log_prior_shift
 from ecl_hf.learning.batchnorm import save_statistics
@@ -313,8 +313,6 @@ class Training(Session):
             fold_heads(self.model)
         if self.data.val is not None:
             self._calibrate()
-        if self.encoder:
-            self.encoder.put_back()
 
     def test(self) -> None:
         """Test the model, write it with its results, and upload it if the recipe says so.
@@ -322,17 +320,14 @@ class Training(Session):
         The reported numbers are the last epoch's, or where there are validation pictures, those of the epoch that they
         choose.
         """
-        main, loader = self.accelerator.is_main_process, self._evaluation_loader(self.data.test)
         with torch.compiler.set_stance("force_eager"):  # compiling for batches of another size would take longer
-            predictions = predict(
-                self.model,
-                or_exit(tqdm(loader, "testing", disable=None if main else True, leave=False), self.recipe),
-                self.accelerator.gather_for_metrics,
-            )
-        if not main:
+            predictions = self._predict("test", self.model, with_features=False, with_flip=True)
+        if self.encoder:
+            self.encoder.put_back()
+        if not self.accelerator.is_main_process:
             return
         counts, names = self.data.class_counts, self.data.class_names
-        defects = loader.dataset.defects(predictions.left_out[:10])
+        defects = self._evaluation_loader(self.data.test).dataset.defects(predictions.left_out[:10])
         finished = self.complete
         carried = torch.as_tensor(self.model.carried_prior())
         results = describe_run(self.recipe, self.progress, predictions, counts, names, carried, defects, finished)

@@ -87,6 +87,10 @@ def as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def in_batches(features: Tensor, labels: Tensor, batch_size: int = 4096) -> list[dict[str, Tensor]]:
-    """All pictures' features [N, D] with their labels [N], as batches for `predict`."""
-    pairs = zip(features.split(batch_size), labels.split(batch_size), strict=True)
-    return [{"pixel_values": values, "labels": known} for values, known in pairs]
+    """All pictures' features [V, N, D] with their labels [N], as batches for `predict`.
+
+    The first view is that of the pictures as they are; the second, if there is one, that of the mirrored ones.
+    """
+    views = dict(zip(("pixel_values", "mirrored_pixel_values"), features, strict=False)) | {"labels": labels}
+    parts = zip(*(tensor.split(batch_size) for tensor in views.values()), strict=True)
+    return [dict(zip(views, part, strict=True)) for part in parts]

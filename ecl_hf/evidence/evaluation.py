@@ -65,7 +65,8 @@ def predict(
         model: returns `expert_logits`, [B, K, C], `expert_weights`, and if asked `features`, [B, K, D]; its mode is
             restored afterwards.
         batches: dictionaries with `pixel_values` [B, 3, H, W] and `labels` [B], on the model's device; an image whose
-            label is -1 is left out.
+            label is -1 is left out. Where a model takes something else for images, `mirrored_pixel_values` are those
+            of the mirrored ones.
         gather: joins tensors of all processes without the padding (`Accelerator.gather_for_metrics`).
         with_features: keep the features too.
         with_flip: else the mirrored images are not looked at, and `flipped_logits` are those of the images as they are.
@@ -77,7 +78,9 @@ def predict(
     for batch in batches:
         pixel_values = batch["pixel_values"]
         output = model(pixel_values, **asked)
-        flipped = model(pixel_values.flip(-1)).expert_logits if with_flip else output.expert_logits
+        mirrored = batch.get("mirrored_pixel_values")
+        mirrored = pixel_values.flip(-1) if mirrored is None else mirrored
+        flipped = model(mirrored).expert_logits if with_flip else output.expert_logits
         part = {
             "labels": batch["labels"],
             "expert_logits": output.expert_logits.float(),

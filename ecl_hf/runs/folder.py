@@ -262,8 +262,10 @@ class RunFolder:
             if not changed:
                 self._compare(recipe)
         elif self.path.exists() and any(
-            # What a process leaves that is killed before the recipe is written counts for nothing
-            path.name != self.lock.file.name and not (path.name.startswith(".") and path.suffix == ".partial")
+            # What a process leaves that is killed before the recipe is written counts for nothing, and features may
+            # be brought along from another run
+            path.name not in (self.lock.file.name, self.features_file.name)
+            and not (path.name.startswith(".") and path.suffix == ".partial")
             for path in self.path.iterdir()
         ):
             raise FileExistsError(f"output_dir {self.path} is not empty and holds no run; choose another")

@@ -1,6 +1,7 @@
 """Heads on the kept features of a frozen encoder, through the training script, and choosing by validation pictures."""
 
 import json
+import shutil
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ from ecl_hf import ECLForImageClassification
 from ecl_hf.data.longtailed import load_longtailed
 from ecl_hf.data.mixing import mixup
 from ecl_hf.data.views import evaluation_view
+from ecl_hf.evidence.evaluation import predict, score
 from ecl_hf.evidence.metrics import group_accuracy
 from ecl_hf.learning.tuning import check_kept_features
 from ecl_hf.methods import METHODS
@@ -49,12 +51,17 @@ def test_heads_learn_what_a_model_of_pictures_gives_back(train, pretrained):
     data = load_longtailed(Recipe.from_file(run / "recipe.yaml").data)
     view = evaluation_view(model.config.pretrained_cfg)
     with torch.no_grad():
-        for part, pictures in (("train", data.train), ("val", data.val)):
+        for part, pictures in (("train", data.train), ("val", data.val), ("test", data.test)):
             pixels = torch.stack([view(picture.convert("RGB")) for picture in pictures["image"]])
             torch.testing.assert_close(kept[f"{part}.features"][0], model.experts[0].backbone.eval()(pixels))
         mirrored = torch.stack([view(picture.convert("RGB")).flip(-1) for picture in data.train["image"][:9]])
         torch.testing.assert_close(kept["train.features"][1, :9], model.experts[0].backbone(mirrored))
+        pixels = torch.stack([view(picture.convert("RGB")) for picture in data.test["image"]])
+        found = predict(model, [{"pixel_values": pixels, "labels": torch.tensor(data.test["label"][:])}])
     results = json.loads((run / "results.json").read_text())
+    for way, (logits, _) in found.ways.items():
+        for name, value in score(logits, found.labels, data.class_counts).items():
+            assert results["test"][way]["ensemble"][name] == (value and pytest.approx(value, rel=1e-4))
     assert results["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     checkpoint = next((run / "checkpoints").glob("step_*")) / "model.safetensors"
     assert not any("backbone" in key for key in load_file(checkpoint))
@@ -107,7 +114,7 @@ def test_epoch_and_temperature_are_chosen_on_the_validation_pictures(train):
     assert likelihood(temperature) <= min(likelihood(1.02 * temperature), likelihood(temperature / 1.02))
 
 
-def test_interrupted_run_on_kept_features_is_the_uninterrupted_one(train, monkeypatch):
+def test_interrupted_run_on_kept_features_is_the_uninterrupted_one(train, tmp_path, monkeypatch):
     flags = ["--method=ecl", "--data.val_fraction=0.2", "--model.head_init=class_means"]
     flags += ["--model.classifier=cosine", "--epochs=3", "--train.checkpoint_every=1"]
     whole = train("whole", *flags)
@@ -115,6 +122,9 @@ def test_interrupted_run_on_kept_features_is_the_uninterrupted_one(train, monkey
     train("parts", *flags, f"--train.max_steps={steps + 2}")
     monkeypatch.setattr("ecl_hf.session.encode", None)  # what was kept is read
     assert_same_run(whole, train("parts", *flags, "--resume"))
+    (tmp_path / "another").mkdir()
+    shutil.copy(whole / "features.safetensors", tmp_path / "another")
+    assert_same_run(whole, train("another", *flags))
 
 
 def test_run_ends_when_it_does_not_get_better(train):
