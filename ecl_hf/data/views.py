@@ -187,7 +187,7 @@ def _padded_crop(data_config: dict[str, Any], horizontal_flip: bool) -> list[Cal
 
 def supervised_view(
     data_config: dict[str, Any],
-    augmentation: Literal["cifar", "imagenet", "plain"] = "cifar",
+    augmentation: Literal["cifar", "imagenet", "plain", "rotated"] = "cifar",
     horizontal_flip: bool = True,
 ) -> View:
     """View for classification and contrastive queries.
@@ -196,7 +196,8 @@ def supervised_view(
         data_config: timm data configuration: `input_size`, `mean`, `std`, `interpolation`.
         augmentation: "cifar": padded crop, CIFAR-10 AutoAugment policy, Cutout before normalising; "imagenet": resized
             crop, colour jitter 0.4, RandAugment n2 m10 mstd 0.5; "plain": what most methods before AutoAugment were
-            published with, padded crop up to 64 pixels, resized crop and colour jitter 0.4 above.
+            published with, padded crop up to 64 pixels, resized crop and colour jitter 0.4 above; "rotated": RIDE's and
+            its successors', as plain, and up to 64 pixels turned by up to 15 degrees.
         horizontal_flip: mirror half of the pictures.
     """
     size = data_config["input_size"][-1]
@@ -210,8 +211,10 @@ def supervised_view(
     elif augmentation == "imagenet":
         options = {"img_mean": GREY, "translate_const": int(0.45 * size)}
         steps = [*resized_crop, rand_augment_transform("rand-m10-n2-mstd0.5", options), to_pixels]
+    elif size > SMALL:
+        steps = [*resized_crop, to_pixels]
     else:
-        steps = [*(padded_crop if size <= SMALL else resized_crop), to_pixels]
+        steps = [*padded_crop, *([T.RandomRotation(15)] if augmentation == "rotated" else []), to_pixels]
     return RandomView(steps, data_config)
 
 

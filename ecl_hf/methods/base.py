@@ -308,7 +308,7 @@ class Stage:
     sampler: Sampler = instance
     partners: Sampler | None = None
     apart: bool = False
-    views: tuple[Literal["supervised", "contrastive", "plain"], ...] = ()
+    views: tuple[Literal["supervised", "contrastive", "plain", "rotated"], ...] = ()
     mixing: Mixing | None = None
     trains: Trains = ALL
     heads: Literal["keep", "new"] | Callable[[nn.Module, HeadContext], nn.Module] = "keep"

@@ -1,10 +1,10 @@
 """MDCS: experts with different shares of the prior, each its own teacher across views (Zhao et al., ICCV 2023).
 
 Read: fistyee/MDCS@1a1d54e model/loss.py 307-449, trainer, data_loader, configs. Weakly and strongly augmented images go
-through one forward, both with their labels; here the strong view is the recipe's, and the weak one `plain`. Expert k
-learns by cross-entropy of `z_k + log n^lambda_k` on all rows, and its strong view from its weak one wherever that is
-right. The mean of the published lambda is 1, so the mean logits suit a uniform test set. The losses are summed over the
-experts.
+through one forward, both with their labels; here the strong view is the recipe's, and the weak one RIDE's (`rotated`).
+Expert k learns by cross-entropy of `z_k + log n^lambda_k` on all rows, and its strong view from its weak one wherever
+that is right. The mean of the published lambda is 1, so the mean logits suit a uniform test set. The losses are summed
+over the experts.
 
 The divergence is divided by the number of images that the expert gets right, not by the batch; none right adds 0.
 
@@ -100,7 +100,7 @@ CONSISTENCY = Term("consistency", _consistency, _weight, whole_batch=True)
 
 METHODS = {
     "mdcs": Method(
-        (Stage((SUPERVISION, CONSISTENCY), views=("plain",), heads=unit_rows),),
+        (Stage((SUPERVISION, CONSISTENCY), views=("rotated",), heads=unit_rows),),
         MDCSSettings,
         head=HeadKind("cosine", scale=30.0, bias=False),
         experts=SHARING,

@@ -9,6 +9,8 @@ temperatures are divided by the largest. From the code: it takes `diversity` 0 f
 logits; ours just leaves the push out. Its teacher runs in training mode (batch statistics, drifting averages); ours
 is in evaluation mode.
 
+The router is trained with the batches of the experts; in the code they are four times as large, 512.
+
 As in the code, all losses are sums over the experts, and the distillation's whole loss is multiplied by the number
 of experts once more, which is a learning rate that many times as large.
 
