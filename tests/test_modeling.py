@@ -411,6 +411,7 @@ def test_experts_on_different_devices(ensemble, tmp_path):
         assert torch.equal(loaded(x).expert_logits, model(x).expert_logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [{}, {"flip": True, "output_features": True}], ids=str)
 def test_forward_compiles_without_graph_breaks(ensemble, flags):
     model, _ = ensemble

@@ -333,6 +333,7 @@ def test_encoder_that_uses_the_picture_twice_is_refused(monkeypatch):
         initialise_model(config, METHODS["ecl"], COUNTS, ["a", "b", "c"])
 
 
+@pytest.mark.slow
 def test_training_resumes_bit_by_bit(tmp_path):
     flags = [*TINY, "--model.share_stages=2", "--train.experts_one_by_one=true"]
     whole = main([*flags, f"--output_dir={tmp_path / 'whole'}"])

@@ -1,5 +1,6 @@
 """All pictures of a data set, before a protocol chooses among them: class folders, and what `datasets` reads."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -308,6 +309,7 @@ def whole_numbers(column: pa.ChunkedArray, where: str) -> np.ndarray:
         raise ValueError(f"{where}: row {row} has label {column[row]}, which is no class number") from None
 
 
+@functools.cache
 def _digits() -> dict[str, datasets.Dataset]:
     """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; 40 of each class, chosen once, are the test split."""
     try:

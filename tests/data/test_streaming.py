@@ -311,6 +311,7 @@ train.main([*FLAGS, f"--data.path={folder}", f"--output_dir={output}/run"])
 """
 
 
+@pytest.mark.slow
 def test_two_processes_never_see_the_same_picture_in_an_epoch(tmp_path):
     folder, script = write(tmp_path / "data"), tmp_path / "process.py"
     script.write_text(PROCESS)

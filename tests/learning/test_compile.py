@@ -17,6 +17,7 @@ from ecl_hf.methods.ecl import ECLSettings
     ("method", "saving"),
     [("ecl", []), ("ncl", []), ("ecl", [checkpoint_blocks, checkpoint_experts])],
 )
+@pytest.mark.slow
 def test_forward_is_one_graph(method, saving):
     config = ECLConfig(architecture="test_resnet", num_experts=2, class_counts=[9, 5, 2])
     task = CollaborativeTask(ECLForImageClassification(config), METHODS[method], ECLSettings(queue_size=7)).train()

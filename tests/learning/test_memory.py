@@ -169,6 +169,7 @@ def test_architecture_without_checkpointing_is_refused():
         checkpoint_blocks(model)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 def test_freed_memory_stays_with_the_process():
     code = """

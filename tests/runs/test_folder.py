@@ -132,10 +132,15 @@ FREE = {
 }
 
 
+@pytest.fixture(scope="module")
+def once_begun(tmp_path_factory):
+    return begun(tmp_path_factory.mktemp("begun") / "run")
+
+
 @pytest.mark.parametrize("key", flatten(asdict(Recipe())))
-def test_only_keys_without_influence_may_change(key, tmp_path):
+def test_only_keys_without_influence_may_change(key, once_begun):
     """Every key is changed by itself, past the checks of its type: the folder compares values."""
-    run = begun(tmp_path / "run")
+    run = once_begun
     section, _, name = key.rpartition(".")
     value = FREE.get(key, "changed")
     recipe = Recipe()

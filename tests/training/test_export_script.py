@@ -252,7 +252,7 @@ def test_cosine_classifier_is_no_timm_model(tmp_path):
 # --- ONNX ---
 
 
-@pytest.mark.parametrize("flags", [[], ["--expert", "1"]])
+@pytest.mark.parametrize("flags", [pytest.param([], marks=pytest.mark.slow), ["--expert", "1"]])
 def test_onnx(run, tmp_path, flags):
     export.main(["--run", str(run.path), "--output", str(tmp_path / "out"), "--onnx", *flags])
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])

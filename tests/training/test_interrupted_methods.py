@@ -45,6 +45,7 @@ TSC = ("--loss.queue_size=40", "--loss.projection_dim=4", "--loss.target_steps=5
         ("m2m", (27,), ("--epochs=5", "--loss.beta=0", "--loss.confidence=0")),  # within the epoch that translates
     ],
 )
+@pytest.mark.slow
 def test_stopped_in_a_later_stage_it_ends_with_the_same_weights(method, stops, flags, tmp_path):
     flags = (f"--method={method}", *flags)
     if method == "m2m":

@@ -216,6 +216,7 @@ def run_here(command):
     return SimpleNamespace(returncode=0)
 
 
+@pytest.mark.slow
 def test_comparison_runs_skips_and_renders(tmp_path, capfd, monkeypatch):
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text("epochs: 1\n")

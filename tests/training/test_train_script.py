@@ -115,7 +115,7 @@ def test_whole_run_learns_and_follows_the_cosine(tmp_path):
     assert results["test"]["plain"]["ensemble"]["many"] is None  # no class of this split has more than 100 images
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_resumed_run_is_bit_identical(workers, tmp_path):
     flags = ["--method=ecl", f"--data.num_workers={workers}"]
     whole = train(tmp_path / "whole", *flags)
