@@ -4,34 +4,46 @@
     python training/reproduce.py table3 --scale small --seeds 0 1 2
     python training/reproduce.py table1 --scale paper --shard 2/4               # the second of four machines
     python training/reproduce.py comparison --scale small --render_only         # this project's own comparison
+    python training/reproduce.py methods --scale small --parallel 8             # all methods, eight runs at once
 
-Runs go to `runs/<recipe>/<cell>/seed<n>`; finished ones are skipped and interrupted ones continued. The results of
-each run and the tables, as Markdown and CSV, go to `training/results/<recipe>`; results that lie there already, such as
-those of other machines, need no run folder.
+Runs go to `runs/<recipe>/<cell>/seed<n>`; finished ones are skipped and interrupted ones continued. A method that
+learns from a finished model waits for the run that makes it, of the same recipe and seed. The results of each run and
+the tables, as Markdown and CSV, go to `training/results/<recipe>`; results that lie there already, such as those of
+other machines, need no run folder.
 """
 
 import json
+import os
 import shlex
+import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
 
 from ecl_hf.data.longtail import exponential_counts
 from ecl_hf.evidence import tables
+from ecl_hf.learning.stages import check_stages
+from ecl_hf.learning.tuning import check_kept_features
 from ecl_hf.methods import METHODS
 from ecl_hf.runs.folder import RunFolder, write_atomically
-from ecl_hf.runs.recipe import Recipe
-from ecl_hf.runs.recipe_files import find_recipe
+from ecl_hf.runs.interruption import STOPPED, StopRequest
+from ecl_hf.runs.recipe import Recipe, prepare_flags
+from ecl_hf.runs.recipe_files import RecipeFile, find_recipe
 
 TRAIN = Path(__file__).with_name("train.py")
 PUBLISHED = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
+
+POLL = 0.2
+"""Seconds between two looks at the runs that are going on."""
 
 SCALES = {"small": ("cifar10_lt_small",), "medium": ("cifar100_lt_16px",), "paper": ("cifar100_lt", "cifar10_lt")}
 LARGE = ("imagenet_lt_resnet50", "imagenet_lt_resnext50", "inaturalist2018")
@@ -44,6 +56,7 @@ PAPER_RECIPES = {
     "fig5": ("cifar100_lt",),
     "comparison": SCALES["paper"],
     "shared_stages": SCALES["paper"],
+    "methods": SCALES["paper"],
 }
 GAMMAS = (10, 50, 100, 200)
 EXPERTS = (1, 2, 3, 4, 5)
@@ -76,6 +89,8 @@ NOTES = {
     "fig5": "Fig. 5: alpha (both distillations) and beta, without flip; the paper gives a picture.",
     "comparison": "",
     "shared_stages": "Experts with and without shared first stages (`model.share_stages`); not in the paper.",
+    "methods": "Every method with one recipe, its own settings at their published values and its stages scaled to the "
+    "recipe's epochs. Training time and peak memory are those of its own run; a teacher's come on top.",
 }
 
 
@@ -111,6 +126,65 @@ class Cell:
         """Flags of train.py."""
         flags = [f"--loss.sup_reduction={self.reduction}"] if self.reduced else []
         return [f"--method={self.method}", *flags, *(f"--{key}={value}" for key, value, _ in self.changes)]
+
+    @property
+    def teacher(self) -> "Cell | None":
+        """The cell whose model this one learns from: on the same data, with its own number of experts."""
+        name = METHODS[self.method].teacher
+        if name is None:
+            return None
+        changes = tuple(change for change in self.changes if change[0].startswith("data."))
+        counted = any(key == "model.num_experts" for key, _, _ in self.changes)
+        return Cell(name, self.reduction, (*changes, *(own_experts(name) if counted else ())))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a cell.
+
+    Attributes:
+        recipe: name of the recipe file.
+        cell: what is trained.
+        seed: of the run.
+    """
+
+    recipe: str
+    cell: Cell
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.recipe} {self.cell.name} seed {self.seed}"
+
+    @property
+    def teacher(self) -> "Run | None":
+        """The run that makes the model which this one learns from."""
+        return self.cell.teacher and Run(self.recipe, self.cell.teacher, self.seed)
+
+    @property
+    def first(self) -> "Run":
+        """The teacher, its teacher's if it has one, or the run itself."""
+        return self.teacher.first if self.teacher else self
+
+    def folder(self, args: Namespace) -> RunFolder:
+        """Where it is trained."""
+        return RunFolder(args.runs_dir / self.recipe / self.cell.name / f"seed{self.seed}")
+
+    def log(self, args: Namespace) -> Path:
+        """Where its output goes while others run beside it."""
+        return self.folder(args).path.with_suffix(".log")
+
+    def flags(self, args: Namespace) -> list[str]:
+        """All flags of train.py."""
+        (file,) = (file for file in args.recipes if file.stem == self.recipe)
+        flags = ["--recipe", str(file), "--output_dir", str(self.folder(args).path), "--seed", str(self.seed)]
+        flags += [f"--data.path={args.data_paths[self.recipe]}"] if self.recipe in args.data_paths else []
+        flags += [f"--model.teacher={self.teacher.folder(args).path}"] if self.teacher else []
+        return [*flags, "--resume", *self.cell.flags, *shlex.split(args.flags)]
+
+
+def own_experts(method: str) -> tuple[tuple[str, Any, str], ...]:
+    """The change of a recipe that gives a method its own number of experts."""
+    return (("model.num_experts", METHODS[method].experts.default, ""),)
 
 
 def changed(cell: Cell, recipe: Recipe, **settings: Any) -> Cell:
@@ -155,6 +229,12 @@ def plan(target: str, recipe: Recipe, reduction: str) -> list[tuple[Cell, dict[s
         ]
     if target == "table4":
         return [(Cell(method, reduction), {"method": method}) for method in ("ncl", "ecl")]
+    if target == "methods":
+        given = recipe.model.num_experts is not None
+        return [
+            (Cell(name, reduction, own_experts(name) if given else ()), {"teacher": method.teacher or ""})
+            for name, method in METHODS.items()
+        ]
     cell = Cell("ecl", reduction)
     if target == "fig4":
         return [(changed(cell, recipe, k=k), {"experts": str(k)}) for k in EXPERTS]
@@ -193,20 +273,49 @@ def read_results(file: Path) -> dict[str, Any]:
         sys.exit(f"error: {file} is damaged: {error}")
 
 
-def estimate(args: Namespace, recipe_name: str, cell: Cell) -> str:
-    """Hours of a run, from the step time of results with the same recipe, method and number of experts."""
+def read_recipe(file: Path, flags: str = "") -> Recipe:
+    """A recipe with some flags of train.py; SystemExit names what is wrong with it."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--recipe", action=RecipeFile)
+    try:
+        words, method, _ = prepare_flags(["--recipe", str(file), *shlex.split(flags)])
+        Recipe.add_arguments(parser, method)
+        return Recipe.from_arguments(parser, parser.parse_args(words))
+    except (ArgumentError, OSError, ValueError) as error:
+        sys.exit(f"error: recipe {file}: {error}")
+
+
+def refusal(name: str, recipe: Recipe) -> str | None:
+    """Why train.py would refuse a method with a recipe, as far as that can be known without data; None if not."""
+    method, streaming = METHODS[name], recipe.data.streaming
+    pieces = recipe.train.gradient_accumulation_steps
+    try:
+        method.stage_epochs(recipe.epochs)
+        check_stages(method, streaming=streaming, pieces=pieces, teacher=method.teacher, name=name)
+        if recipe.model.tune == "head":
+            check_kept_features(method, name, pretrained=recipe.model.pretrained, streaming=streaming)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def results_so_far(args: Namespace, recipe_name: str) -> list[dict[str, Any]]:
+    """Results of finished runs with a recipe."""
     files = [
         *(args.results_dir / recipe_name).glob("*/seed*.json"),
         *(args.runs_dir / recipe_name).glob("*/seed*/results.json"),
     ]
+    return [result for file in files if (result := read_results(file))["finished"]]
+
+
+def estimate(cell: Cell, so_far: list[dict[str, Any]]) -> float | None:
+    """Hours of a run, from the step time of results with the same recipe, method and number of experts."""
     changes = {key: value for key, value, _ in cell.changes}
+    experts = METHODS[cell.method].num_experts(changes.get("model.num_experts"))
     hours = []
-    for file in files:
-        result = read_results(file)
+    for result in so_far:
         recipe = result["recipe"]
-        experts = METHODS[cell.method].num_experts(changes.get("model.num_experts"))
-        like = recipe["method"] == cell.method and len(result["test"]["plain"]["experts"]) == experts
-        if not like or not result["finished"]:
+        if recipe["method"] != cell.method or len(result["test"]["plain"]["experts"]) != experts:
             continue
         counts = result["class_counts"]
         images = sum(counts)
@@ -214,11 +323,119 @@ def estimate(args: Namespace, recipe_name: str, cell: Cell) -> str:
             images = sum(exponential_counts(len(counts), max(counts), changes["data.imbalance_factor"]))
         steps = recipe["epochs"] * (images // recipe["batch_size"])
         hours.append(result["training_seconds"] / result["steps"] * steps / 3600)
-    return f"{sum(hours) / len(hours):.2f} h" if hours else "unknown"
+    return statistics.mean(hours) if hours else None
 
 
-def render(args: Namespace, recipe_name: str, rows: list[tuple[Cell, dict[str, str]]]) -> Path | None:
-    """Write a table of one recipe from the results there are; returns the Markdown file, None without any result."""
+def time_left(args: Namespace, runs: Sequence[Run]) -> str:
+    """How many runs are left and how long they take; one without a like takes as long as the others did."""
+    so_far = {name: results_so_far(args, name) for name in {run.recipe for run in runs}}
+    others = [result["training_seconds"] / 3600 for results in so_far.values() for result in results]
+    hours = [estimate(run.cell, so_far[run.recipe]) for run in runs]
+    known = [*others, *filter(None, hours)]
+    total = sum(statistics.mean(known) if value is None else value for value in hours) if known else None
+    about = "unknown" if total is None else f"{total / max(1, min(args.parallel, len(runs))):.2f}"
+    return f"{len(runs)} runs left, hours: {about}"
+
+
+def missing_runs(args: Namespace, runs: Iterable[Run]) -> list[Run]:
+    """The runs that have no results yet, each after those teachers of its that have no model yet."""
+
+    def with_teachers(run: Run) -> list[Run]:
+        teacher = run.teacher
+        return [*(with_teachers(teacher) if teacher and not teacher.folder(args).finished else ()), run]
+
+    absent = [run for run in runs if results_of(args, run.recipe, run.cell.name, run.seed) is None]
+    return list(dict.fromkeys(needed for run in absent for needed in with_teachers(run)))
+
+
+def carry_out(args: Namespace, runs: Sequence[Run]) -> list[Run]:
+    """Train runs, so many at once and each after its teacher; returns those that failed.
+
+    SIGTERM and Ctrl-C stop all of them, each with a checkpoint, and end the program.
+    """
+    waiting, children, failed, stopping = list(runs), {}, [], False
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if args.parallel > 1 else {})
+    with StopRequest() as stop:
+        stop.deferred = True
+        while waiting or children:
+            if stop.asked and not stopping:
+                stopping = True
+                waiting.clear()
+                for child in children.values():
+                    child.terminate()
+            for run in [run for run in waiting if run.teacher in failed]:
+                print(f"{run}: left out, since its teacher failed", flush=True)
+                waiting.remove(run)
+                failed.append(run)
+            ready = [run for run in waiting if run.teacher not in waiting and run.teacher not in children]
+            for run in ready[: args.parallel - len(children)]:
+                print(run, flush=True)
+                waiting.remove(run)
+                children[run] = start(args, run, environment)
+            time.sleep(POLL)
+            for run in [run for run, child in children.items() if child.poll() is not None]:
+                code = children.pop(run).returncode
+                if code:
+                    failed.append(run)
+                state = f"exit code {code}" if code else "done"
+                print(f"{run}: {state}; {time_left(args, [*children, *waiting])}", flush=True)
+                if code and args.parallel > 1:
+                    print(f"{run.log(args)}: {run.log(args).read_text().rstrip().rpartition(chr(10))[2]}", flush=True)
+    if stopping:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(STOPPED)
+    return failed
+
+
+def start(args: Namespace, run: Run, environment: dict[str, str]) -> subprocess.Popen:
+    """Begin a training; where there are several at once, its output goes to a file beside its folder."""
+    command = [sys.executable, TRAIN, *run.flags(args)]
+    if args.parallel == 1:
+        return subprocess.Popen(command)
+    run.log(args).parent.mkdir(parents=True, exist_ok=True)
+    with run.log(args).open("a") as output:
+        return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+
+def draw(results: dict[str, tables.Results], file: Path) -> bool:
+    """Write the picture of few-shot against many-shot accuracy; whether there is something to draw it with."""
+    try:
+        from ecl_hf.evidence.plots import plot_methods
+    except ImportError:
+        print(f"no {file.name}: pip install 'ecl-hf[figures]' draws it", file=sys.stderr)
+        return False
+    points = []
+    for name, runs in results.items():
+        point = {"method": name}
+        for group in ("many", "few"):
+            values = tables.group_scores(runs)[group]
+            point |= dict(zip((group, f"{group}_std"), tables.mean_and_deviation(values), strict=True))
+        points += [point] if None not in (point["many"], point["few"]) else []
+    if points:
+        plot_methods(points).savefig(file, dpi=130)
+    return bool(points)
+
+
+def differences(args: Namespace, results: dict[str, tables.Results]) -> list[str]:
+    """Recipe keys that differ although the cells of a table must have them in common."""
+    found = tables.differing_settings([run for runs in results.values() for run in runs])
+    if args.target == "methods":  # whose settings are their own
+        within = [tables.differing_settings(runs) for runs in results.values()]
+        found = {key for key in found if not key.startswith("loss.")}.union(*within)
+    return sorted(found)
+
+
+def render(
+    args: Namespace, recipe_name: str, rows: list[tuple[Cell, dict[str, str]]], refused: dict[Cell, str]
+) -> Path | None:
+    """Write a table of one recipe from the results there are; returns the Markdown file, None without any result.
+
+    Args:
+        args: flags.
+        recipe_name: of the recipe file.
+        rows: cells with the columns that describe each.
+        refused: cells that can't be trained with the recipe, and why.
+    """
     found = {cell.name: [results_of(args, recipe_name, cell.name, seed) for seed in args.seeds] for cell, _ in rows}
     missing = [
         f"{name} seed {seed}"
@@ -230,12 +447,15 @@ def render(args: Namespace, recipe_name: str, rows: list[tuple[Cell, dict[str, s
     if not results:
         return None
     every = [run for runs in results.values() for run in runs]
-    if differing := tables.differing_settings(every):
-        sys.exit(f"error: the runs of {recipe_name} have different recipes: {sorted(differing)}")
+    if differing := differences(args, results):
+        sys.exit(f"error: the runs of {recipe_name} have different recipes: {differing}")
     heads = {cell.name: head for cell, head in rows}
     lines = ["Accuracy and calibration error of the last epoch in %, mean ± sample standard deviation over seeds."]
     if args.target in ("comparison", "shared_stages"):
         table = tables.comparison_rows(results)
+    elif args.target == "methods":
+        table = tables.method_rows(results, heads)
+        lines.append("Ensembles without flip.")
     elif args.target in ("fig4", "fig5"):
         swept = [(cell.name, head) for cell, head in rows]  # the recipe's own setting is in both sweeps of Fig. 5
         table = [row for name, head in swept for row in tables.curve_rows(results, {name: head})]
@@ -253,6 +473,11 @@ def render(args: Namespace, recipe_name: str, rows: list[tuple[Cell, dict[str, s
     lines += [NOTES[args.target], ""] if NOTES[args.target] else []
     title = recipe_name if args.target == "comparison" else f"{recipe_name}: {args.target}"
     target = args.results_dir / recipe_name / ("table" if args.target == "comparison" else args.target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if args.target == "methods" and draw(results, target.with_suffix(".png")):
+        lines += [f"![Few-shot against many-shot accuracy]({target.name}.png)", ""]
+    if refused:
+        lines += ["Left out:", "", *(f"- {cell.name}: {reason}" for cell, reason in refused.items()), ""]
     page = tables.markdown(title, [*lines, *tables.provenance(every)], table, missing)
     write_atomically(target.with_suffix(".md"), page)
     write_atomically(target.with_suffix(".csv"), tables.as_csv(table))
@@ -280,6 +505,9 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         target.add_argument("--data_paths", type=dict[str, str], default={}, help="Recipe name -> local data directory")
         target.add_argument(
             "--flags", type=str, default="", help="More flags of train.py, such as '--data.num_workers 4'"
+        )
+        target.add_argument(
+            "--parallel", type=PositiveInt, default=1, help="Runs at once; more than one have a thread each"
         )
         target.add_argument("--shard", type=str, default="1/1", help="i/n: every n-th run, beginning with the i-th")
         target.add_argument("--runs_dir", type=Path, default=Path("runs"), help="Where the runs are")
@@ -311,48 +539,53 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Run what is missing, render what is there; returns the Markdown files."""
     args = parse(argv)
     tables_of: dict[str, list[tuple[Cell, dict[str, str]]]] = {}
+    refused: dict[str, dict[Cell, str]] = {}
     for file in args.recipes:
         try:
             recipe = Recipe.from_file(file)
         except (OSError, ValueError) as error:
             sys.exit(f"error: {error}")
-        rows = plan(args.target, recipe, args.sup_reduction or recipe.loss.sup_reduction)
+        reduction = getattr(recipe.loss, "sup_reduction", METHODS["ecl"].settings().sup_reduction)
+        rows = plan(args.target, recipe, args.sup_reduction or reduction)
         names = [cell.name for cell, _ in rows]
         if unknown := set(args.cells) - set(names):
             sys.exit(
                 f"error: unknown cells {', '.join(sorted(unknown))}; choose from {', '.join(dict.fromkeys(names))}"
             )
-        tables_of[file.stem] = [(cell, head) for cell, head in rows if not args.cells or cell.name in args.cells]
+        rows = [(cell, head) for cell, head in rows if not args.cells or cell.name in args.cells]
+        refused[file.stem] = {}
+        if args.target == "methods":
+            whole = read_recipe(file, args.flags)
+            reasons = {cell: refusal(cell.method, whole) for cell, _ in rows}
+            refused[file.stem] = {cell: reason for cell, reason in reasons.items() if reason}
+        for cell, reason in refused[file.stem].items():
+            print(f"{file.stem} {cell.name}: left out: {reason}")
+        tables_of[file.stem] = [(cell, head) for cell, head in rows if cell not in refused[file.stem]]
     five = args.scale == "paper" and all(file.stem in SCALES["paper"] for file in args.recipes)
     args.seeds = args.seeds or list(range(5 if five else 3))
 
-    files = {file.stem: file for file in args.recipes}
-    work = [
-        (name, cell, seed)
-        for seed in args.seeds
-        for name, rows in tables_of.items()
-        for cell in dict.fromkeys(cell for cell, _ in rows)
-    ]
+    groups: dict[Run, dict[Run, None]] = {}  # the runs that begin with the same teacher
+    for seed, (name, rows) in product(args.seeds, tables_of.items()):
+        for cell, _ in rows:
+            run = Run(name, cell, seed)
+            groups.setdefault(run.first, {})[run] = None
     index, count = args.shard
-    failed = []
-    for name, cell, seed in work[index - 1 :: count]:
-        run = RunFolder(args.runs_dir / name / cell.name / f"seed{seed}")
-        done = results_of(args, name, cell.name, seed) is not None
-        if args.dry_run:
-            begun = "begun, " if run.recipe_file.exists() else ""
-            state = "finished" if done else begun + estimate(args, name, cell)
-            print(f"{name} {cell.name} seed {seed}: {state}")
-        elif not done and not args.render_only:
-            print(f"{name} {cell.name} seed {seed}", flush=True)
-            flags = ["--recipe", str(files[name]), "--output_dir", str(run.path), "--seed", str(seed), "--resume"]
-            flags += [f"--data.path={args.data_paths[name]}"] if name in args.data_paths else []
-            if subprocess.run([sys.executable, TRAIN, *flags, *cell.flags, *shlex.split(args.flags)]).returncode:
-                failed.append(f"{name} {cell.name} seed {seed}")
+    wanted = [run for group in list(groups.values())[index - 1 :: count] for run in group]
+    missing = [] if args.render_only else missing_runs(args, wanted)
     if args.dry_run:
+        so_far = {name: results_so_far(args, name) for name in tables_of}
+        for run in dict.fromkeys([*missing, *wanted]):
+            hours = estimate(run.cell, so_far[run.recipe])
+            begun = "begun, " if run.folder(args).recipe_file.exists() else ""
+            state = f"{begun}unknown" if hours is None else f"{begun}{hours:.2f} h"
+            after = f", after {run.teacher}" if run.teacher in missing else ""
+            print(f"{run}: {f'{state}{after}' if run in missing else 'finished'}")
+        print(time_left(args, missing))
         return []
-    written = [path for name, rows in tables_of.items() if (path := render(args, name, rows))]
+    failed = carry_out(args, missing)
+    written = [path for name, rows in tables_of.items() if (path := render(args, name, rows, refused[name]))]
     if failed:
-        sys.exit(f"error: these runs failed, their messages are above: {', '.join(failed)}")
+        sys.exit(f"error: these runs failed, their messages are above: {', '.join(map(str, failed))}")
     if not written:
         sys.exit(f"error: no finished run under {args.runs_dir} and no result under {args.results_dir}")
     return written

@@ -35,6 +35,7 @@ from ecl_hf.heads import log_prior_shift
 from ecl_hf.learning.batchnorm import save_statistics
 from ecl_hf.learning.finite import check_weights
 from ecl_hf.learning.low_rank import merge_low_rank
+from ecl_hf.learning.memory import peak_memory
 from ecl_hf.learning.optimiser import set_learning_rate
 from ecl_hf.learning.stages import fold_heads, published_copy
 from ecl_hf.methods.base import EpochContext, FinishContext, MixingContext, Part, Time
@@ -320,6 +321,7 @@ class Training(Session):
         The reported numbers are the last epoch's, or where there are validation pictures, those of the epoch that they
         choose.
         """
+        peak = peak_memory(self.accelerator.device)
         with torch.compiler.set_stance("force_eager"):  # compiling for batches of another size would take longer
             predictions = self._predict("test", self.model, with_features=False, with_flip=True)
         if self.encoder:
@@ -334,6 +336,7 @@ class Training(Session):
         commits = {"commit": self.progress.commit, "commit_of_test": self.environment["commit"]}
         results |= {
             **describe_model(self.model),
+            "peak_memory": peak,
             "mixed_precision": self.mixed_precision,
             **self.environment,
             **commits,

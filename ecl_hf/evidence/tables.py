@@ -12,7 +12,7 @@ from ecl_hf.runs.recipe import Recipe
 
 SCORES = ("top1", "many", "medium", "few", "ece")
 OWN_SETTINGS = {
-    *("method", "seed", "data.imbalance_factor", "model.num_experts", "model.share_stages"),
+    *("method", "seed", "data.imbalance_factor", "model.num_experts", "model.share_stages", "model.share_blocks"),
     *("loss.sup_reduction", "loss.alpha_logit", "loss.alpha_feature", "loss.beta"),
     *FREE_TO_CHANGE,
 }
@@ -72,6 +72,36 @@ def comparison_rows(results: dict[str, Results]) -> list[dict[str, str]]:
                 }
                 table.append({**head, **cells, **size, "seeds": str(len(runs))})
     return table
+
+
+def method_rows(results: dict[str, Results], cells: dict[str, dict[str, str]]) -> list[dict[str, str]]:
+    """A row for each cell with results, the most accurate first: scores of the ensemble without flip, and the cost.
+
+    Args:
+        results: cell -> its seeds' results; those of older versions lack the peak of memory.
+        cells: cell -> the columns that describe it beside its name.
+    """
+    found = sorted(results, key=lambda cell: -mean_and_deviation(group_scores(results[cell])["top1"])[0])
+    table = []
+    for cell in found:
+        runs = results[cell]
+        minutes = [run["training_seconds"] / 60 for run in runs]
+        peaks = [run.get("peak_memory") for run in runs]
+        cost = {
+            "training, min": f"{statistics.mean(minutes):.1f}"
+            + (f" ± {statistics.stdev(minutes):.1f}" if len(minutes) > 1 else ""),
+            "peak memory, MiB": "not measured" if None in peaks else f"{max(peaks) / 2**20:.0f}",
+            "parameters": f"{runs[0]['parameters'] / 1e6:.2f} M",
+            "MACs": f"{runs[0]['macs'] / 1e6:.1f} M",
+        }
+        scores = {name: summary(values) for name, values in group_scores(runs).items()}
+        table.append({"method": cell, **scores, **cost, **cells[cell], "seeds": str(len(runs))})
+    return table
+
+
+def group_scores(runs: Results) -> dict[str, list[float | None]]:
+    """Scores of the ensemble without flip, one for each seed."""
+    return {name: [run["test"]["plain"]["ensemble"][name] for run in runs] for name in SCORES}
 
 
 def gain(runs: Results, baseline: Results) -> str:

@@ -5,6 +5,8 @@ losses know nothing of them.
 """
 
 import ctypes
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -66,3 +68,11 @@ def keep_freed_memory() -> bool:
         return bool(library.mallopt(trim_threshold, -1) and library.mallopt(mmap_max, 0))  # -1 is never
     except (AttributeError, OSError, TypeError):  # another C library
         return False
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has held at most: on a GPU what PyTorch allocated there, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

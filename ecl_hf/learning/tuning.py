@@ -152,10 +152,11 @@ class FrozenEncoder:
     def put_back(self) -> None:
         """Let the model take pictures again."""
         self.model.trunk = self.trunk
+        device = next(self.model.experts[0].head.parameters()).device
         for expert, backbone in zip(self.model.experts, self.backbones, strict=True):
-            expert.backbone = backbone.to(expert.head.weight.device)
+            expert.backbone = backbone.to(device)
         if self.trunk is not None:
-            self.trunk.to(self.model.experts[0].head.weight.device)
+            self.trunk.to(device)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

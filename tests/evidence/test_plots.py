@@ -71,6 +71,15 @@ def test_transfer():
     assert len(without.axes) == 2
 
 
+def test_methods_that_none_is_ahead_of_have_a_colour():
+    points = [("a", 70.0, 10.0), ("b", 60.0, 20.0), ("c", 60.0, 5.0)]
+    points = [{"method": m, "many": x, "many_std": None, "few": y, "few_std": 1.0} for m, x, y in points]
+    axes = plots.plot_methods(points).axes[0]
+    assert {text.get_text(): text.xy for text in axes.texts} == {"a": (70, 10), "b": (60, 20), "c": (60, 5)}
+    colours = [text.get_color() for text in axes.texts]
+    assert colours[0] == colours[1] != colours[2]
+
+
 def test_expert_number_and_loss_weights():
     rows = [
         {"experts": k, "model": model, "top1": 40.0 + k, "top1_std": 1.0, "few": None, "few_std": None}

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from train import main
 
-from ecl_hf import ECLForImageClassification
+from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.data.longtailed import load_longtailed
 from ecl_hf.data.mixing import mixup
 from ecl_hf.data.views import evaluation_view
 from ecl_hf.evidence.evaluation import predict, score
 from ecl_hf.evidence.metrics import group_accuracy
-from ecl_hf.learning.tuning import check_kept_features
+from ecl_hf.learning.tuning import FrozenEncoder, check_kept_features
 from ecl_hf.methods import METHODS
 from ecl_hf.methods.base import Method, Stage
 from ecl_hf.runs.recipe import Recipe
@@ -147,3 +147,13 @@ def test_method_that_mixes_pictures_is_refused():
     method = Method((Stage(supervision, mixing=mixup(0.2)),))
     with pytest.raises(ValueError, match="mixed mixes pictures"):
         check_kept_features(method, "mixed", pretrained=True, streaming=False)
+
+
+def test_the_encoder_goes_back_before_heads_of_several_layers():
+    config = ECLConfig(architecture="resnet20_cifar", num_experts=2, num_labels=3, classifier_neck=5)
+    model = ECLForImageClassification(config).eval()
+    pictures = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = model(pictures).logits
+        FrozenEncoder(model).put_back()
+        assert torch.equal(model(pictures).logits, expected)

@@ -2,9 +2,13 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,7 +87,7 @@ def test_published_numbers_are_those_of_the_paper():
     assert one["cifar100_lt"]["ncl"][100] == pytest.approx(one["cifar100_lt"]["ecl"][100] - 2.1)  # Sec. VI-E
 
 
-@pytest.mark.parametrize("target", reproduce.NOTES)
+@pytest.mark.parametrize("target", [target for target in reproduce.NOTES if target != "methods"])
 def test_every_cell_is_a_valid_recipe_with_a_name_of_its_own(target):
     recipe = Recipe()
     rows = reproduce.plan(target, recipe, "sum")
@@ -150,7 +154,9 @@ def test_dry_run_tells_the_cost_from_the_step_time(tmp_path, tiny, capsys):
     """8 steps took two hours; four epochs of 20 images in batches of 10 are 8 steps."""
     place(tmp_path / "tiny", "ecl-mean", made_up(0, experts=(0.4, 0.4, 0.4)))
     reproduce.main(["fig4", *tiny, "--dry_run=true", "--seeds", "0", "1"])
-    told = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
+    *runs, left = capsys.readouterr().out.splitlines()
+    told = dict(line.split(": ") for line in runs)
+    assert left == "9 runs left, hours: 18.00"  # those of other numbers of experts, too, are taken for two hours
     assert told["tiny ecl-mean seed 0"] == "finished"
     assert told["tiny ecl-mean seed 1"] == "2.00 h"
     assert told["tiny ecl-mean-k5 seed 0"] == "unknown"
@@ -161,9 +167,10 @@ def test_shards_part_the_runs(tiny, capsys):
     parts = []
     for index in (1, 2, 3):
         reproduce.main(["fig5", *tiny, "--dry_run=true", "--seeds", "0", "1", f"--shard={index}/3"])
-        parts.append(set(capsys.readouterr().out.splitlines()))
+        parts.append(set(capsys.readouterr().out.splitlines()[:-1]))
     reproduce.main(["fig5", *tiny, "--dry_run=true", "--seeds", "0", "1"])
-    whole = capsys.readouterr().out.splitlines()
+    *whole, left = capsys.readouterr().out.splitlines()
+    assert left == "20 runs left, hours: unknown"
     assert len(whole) == 20  # the recipe's own cell is in both sweeps, and run once
     assert set().union(*parts) == set(whole)
     assert sum(map(len, parts)) == len(whole)
@@ -190,10 +197,22 @@ def test_damaged_result_is_named(tmp_path, tiny):
             reproduce.main(["fig4", *tiny, switch, "--seeds", "0"])
 
 
-def test_flags_may_hold_a_path_with_a_blank(tiny, monkeypatch):
+def started_here(monkeypatch, train):
+    """Have reproduce.py call a function of train.py's flags, which returns the exit code; returns the commands."""
     commands = []
-    run = lambda command: commands.append(command) or SimpleNamespace(returncode=1)  # noqa: E731
-    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=run))
+
+    def start(command, **_):
+        commands.append(command)
+        code = train(command[2:])
+        return SimpleNamespace(poll=lambda: code, returncode=code)
+
+    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(Popen=start, STDOUT=None))
+    monkeypatch.setattr(reproduce, "POLL", 0)
+    return commands
+
+
+def test_flags_may_hold_a_path_with_a_blank(tiny, monkeypatch):
+    commands = started_here(monkeypatch, lambda _: 1)
     with pytest.raises(SystemExit, match="these runs failed"):
         reproduce.main(["table4", *tiny, "--cells", "ecl-mean", "--seeds", "0", "--flags=--data.path 'my data'"])
     assert commands[0][-2:] == ["--data.path", "my data"]
@@ -208,12 +227,12 @@ def test_wrong_flags_end_before_anything_runs(tiny, flags, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def run_here(command):
-    """`subprocess.run` of train.py without the seconds that a new process takes."""
-    train(command[2:])
+def train_here(flags):
+    """train.py without the seconds that a new process takes."""
+    train(flags)
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
-    return SimpleNamespace(returncode=0)
+    return 0
 
 
 @pytest.mark.slow
@@ -226,7 +245,7 @@ def test_comparison_runs_skips_and_renders(tmp_path, capfd, monkeypatch):
     with pytest.raises(SystemExit, match=r"these runs failed.*bc seed 0"):
         reproduce.main([*argv, "--seeds", "0", "--cells", "bc", *failing])
     assert "lower data.max_count" in capfd.readouterr().err
-    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=run_here))
+    started_here(monkeypatch, train_here)
     argv.append(f"--flags={FLAGS}")
     (table,) = reproduce.main([*argv, "--seeds", "0", "1"])
     results = [json.loads((tmp_path / "results/tiny/bc" / f"seed{s}.json").read_text()) for s in (0, 1)]
@@ -259,6 +278,141 @@ def test_comparison_runs_skips_and_renders(tmp_path, capfd, monkeypatch):
     changed.write_text(json.dumps(results[0] | {"recipe": results[0]["recipe"] | {"epochs": 7}}))
     with pytest.raises(SystemExit, match=r"different recipes.*epochs"):
         reproduce.main([*argv, "--seeds", "0", "1", "--render_only=true"])
+
+
+def order_of(commands):
+    """Method and teacher's folder of each started training."""
+    found = [dict(str(flag).lstrip("-").split("=", 1) for flag in command if "=" in str(flag)) for command in commands]
+    return [(flags["method"], flags.get("model.teacher")) for flags in found]
+
+
+def test_teachers_are_trained_before_their_students(tmp_path, tiny, capsys, monkeypatch):
+    argv = ["methods", *tiny, "--seeds", "0", "--cells", "dive", "bc"]
+    flags = f"--flags={FLAGS} --batch_size 64"
+    reproduce.main([*argv, flags, "--dry_run"])
+    assert capsys.readouterr().out.splitlines() == [
+        "tiny bc seed 0: unknown",
+        "tiny dive seed 0: unknown, after tiny bc seed 0",
+        "2 runs left, hours: unknown",
+    ]
+    commands = started_here(monkeypatch, train_here)
+    (page,) = reproduce.main([*argv, flags])
+    teacher = str(tmp_path / "runs/tiny/bc/seed0")
+    assert order_of(commands) == [("bc", None), ("dive", teacher)]
+    rows = {row["method"]: row for row in read(page.with_suffix(".csv"))}
+    assert {name: row["teacher"] for name, row in rows.items()} == {"dive": "bc", "bc": ""}
+    assert all(float(row["peak memory, MiB"]) > 50 for row in rows.values())
+    reproduce.main([*argv, flags])
+    assert len(commands) == 2  # both are finished
+    # A student's results without its run, and a teacher's: what is trained again needs the teacher's model
+    shutil.rmtree(tmp_path / "runs")
+    (tmp_path / "tiny/dive/seed0.json").unlink()
+    reproduce.main([*argv[:-1], flags, "--dry_run"])
+    assert capsys.readouterr().out.splitlines()[-3:-1] == [
+        "tiny bc seed 0: 0.00 h",
+        "tiny dive seed 0: unknown, after tiny bc seed 0",
+    ]
+
+
+def test_students_of_a_failed_teacher_are_left_out(tiny, capsys, monkeypatch):
+    commands = started_here(monkeypatch, lambda _: 1)
+    argv = ["methods", *tiny, "--seeds", "0", "1", "--cells", "cbd_ens", "ce", "m2m"]
+    with pytest.raises(SystemExit, match=r"runs failed.*cbd_ens seed 1"):
+        reproduce.main(argv)
+    assert [name for name, _ in order_of(commands)] == ["cbd_teachers", "ce"] * 2
+    assert "tiny m2m seed 0: left out, since its teacher failed" in capsys.readouterr().out
+
+
+def test_so_many_runs_at_once(tmp_path, tiny, monkeypatch):
+    """Each has one thread and a log; a student waits for its teacher and for nobody else."""
+    going, most, order = [], [], []
+
+    class Child:
+        def __init__(self, command, env, stdout, **_):
+            assert env["OMP_NUM_THREADS"] == "1"
+            assert stdout.name.endswith("seed0.log")
+            [(self.method, _)] = order_of([command])
+            order.append(self.method)
+            going.append(self.method)
+            most.append(len(going))
+            self.looks, self.returncode = 3 if self.method == "bc" else 1, 0
+
+        def poll(self):
+            self.looks -= 1
+            if self.looks > 0:
+                return None
+            going.remove(self.method)
+            assert "bc" not in going or "dive" not in going
+            return 0
+
+    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(Popen=Child, STDOUT=None))
+    monkeypatch.setattr(reproduce, "POLL", 0)
+    argv = ["methods", *tiny, "--seeds", "0", "--parallel=2", "--cells", "dive", "ce", "focal", "ldam"]
+    with pytest.raises(SystemExit, match="no finished run"):  # the children do nothing
+        reproduce.main(argv)
+    assert order == ["bc", "ce", "focal", "ldam", "dive"]
+    assert max(most) == 2
+
+
+@pytest.mark.slow
+def test_stopped_runs_go_on(tmp_path, tiny):
+    """SIGTERM reaches the runs that are going on, and the same command takes them up again."""
+    flags = f"--flags={FLAGS} --epochs 4000 --train.checkpoint_every 4000"
+    argv = ["methods", *tiny, "--seeds", "0", "--parallel=2", "--cells"]
+    command = [sys.executable, reproduce.__file__, *argv, "ce", "dive", "bc", flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+    folders = [tmp_path / "runs/tiny" / name / "seed0" for name in ("ce", "bc")]
+    while process.poll() is None and not all((folder / "metrics.jsonl").exists() for folder in folders):
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(240) == 75, (tmp_path / "said").read_text()
+    assert "the same command goes on" in (tmp_path / "said").read_text()
+    reached = max(int(path.name.split("_")[1]) for folder in folders for path in (folder / "checkpoints").iterdir())
+    with pytest.raises(SystemExit, match=r"no finished run"):
+        reproduce.main([*argv, "ce", "bc", f"{flags} --train.max_steps {reached + 1}"])
+    for folder in folders:
+        assert "continuing after step" in folder.with_suffix(".log").read_text()
+        assert json.loads((folder / "results.json").read_text())["steps"] == reached + 1
+
+
+def test_methods_that_do_not_fit_the_recipe_are_left_out_with_the_reason(tmp_path, tiny, capsys):
+    (tmp_path / "tiny.yaml").write_text(
+        "method: bc\nepochs: 2\nmodel:\n  tune: head\n  pretrained: true\n  num_experts: 1\n"
+    )
+    reproduce.main(["methods", *tiny, "--seeds", "0", "--dry_run"])
+    lines = capsys.readouterr().out.splitlines()
+    refused = {line.split()[1].rstrip(":"): line for line in lines if ": left out: " in line}
+    assert {"cmo", "dive", "m2m"} < refused.keys()
+    assert refused["dive"].endswith(
+        "model.tune head keeps features instead of pictures, but dive shows its pictures to a teacher"
+    )
+    assert "has 3 stages, but there are 2 epochs" in refused["tsc"]
+    runs = {line.split()[1].rstrip(":") for line in lines if " seed 0: " in line}
+    assert {"ce", "bc", "ecl-mean", "sade"} < runs  # these with their own number of experts
+    assert len(runs) + len(refused) == len(METHODS)
+
+
+def test_table_of_methods_has_accuracy_beside_cost(tmp_path, tiny):
+    pytest.importorskip("matplotlib")
+    for name, few, memory in (("ce", 0.0, 3 << 20), ("tde", 0.3, None)):
+        for seed, top1 in ((0, 0.4 + few), (1, 0.42 + few)):
+            cost = {} if memory is None else {"peak_memory": memory}
+            loss = {"a_setting_of_its_own": name}
+            place(tmp_path / "tiny", name, made_up(seed, top1, few=few, method=name, loss=loss) | cost)
+    (page,) = reproduce.main(["methods", *tiny, "--render_only", "--seeds", "0", "1"])
+    first, second = read(page.with_suffix(".csv"))
+    assert [first["method"], second["method"]] == ["tde", "ce"]
+    assert first["top1"] == "71.0 ± 1.4"
+    assert (first["training, min"], first["parameters"]) == ("120.0 ± 0.0", "2.00 M")
+    assert (first["peak memory, MiB"], second["peak memory, MiB"]) == ("not measured", "3")
+    text = page.read_text()
+    assert "(methods.png)" in text
+    assert page.with_suffix(".png").stat().st_size > 1000
+    place(tmp_path / "tiny", "ce", made_up(1, method="ce", loss={"a_setting_of_its_own": 3}))
+    with pytest.raises(SystemExit, match=r"different recipes.*loss\.a_setting"):
+        reproduce.main(["methods", *tiny, "--render_only", "--seeds", "0", "1"])
 
 
 def test_older_results_have_the_default_of_newer_settings():

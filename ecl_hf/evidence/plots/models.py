@@ -86,6 +86,29 @@ def plot_loss_weights(points: Sequence[dict[str, Any]]) -> Figure:
 
 
 @styled
+def plot_methods(points: Sequence[dict[str, Any]]) -> Figure:
+    """Few-shot against many-shot accuracy, a point with its deviations for each method.
+
+    Methods that no other one is at least as good as in both are drawn in colour.
+
+    Args:
+        points: `method`, and in % `many` and `few` with their standard deviations `many_std`, `few_std` (None for one
+            seed).
+    """
+    figure, (axes,) = make_panels(1, width=8.0, height=6.4)
+    for point in points:
+        ahead = [other for other in points if other["many"] >= point["many"] and other["few"] >= point["few"]]
+        best = all((other["many"], other["few"]) == (point["many"], point["few"]) for other in ahead)
+        place, colour = (point["many"], point["few"]), COLOURS[0] if best else "#7F7F7F"
+        errors = (point["few_std"] or 0, point["many_std"] or 0)
+        axes.errorbar(*place, *errors, marker="o", markersize=4, elinewidth=0.6, color=colour)
+        axes.annotate(point["method"], place, (3, 3), textcoords="offset points", fontsize=7, color=colour)
+    axes.set_xlabel("accuracy of many-shot classes in %")
+    axes.set_ylabel("accuracy of few-shot classes in %")
+    return figure
+
+
+@styled
 def plot_landscape(runs: Runs) -> Figure:
     """Loss and accuracy along random filter-normalised directions (Fig. 8), a column for each run.
 
