@@ -47,7 +47,7 @@ from ecl_hf.evidence.evaluation import Predictions, predict
 from ecl_hf.evidence.metrics import shot_groups
 from ecl_hf.learning.batchnorm import load_statistics, synchronise_batchnorm
 from ecl_hf.learning.finite import StepCheck, check_saved, check_weights
-from ecl_hf.learning.initialise import initialise_model, shared_parts
+from ecl_hf.learning.initialise import initialise_model, label_leak, shared_parts
 from ecl_hf.learning.memory import checkpoint_blocks, checkpoint_experts, counted_once, keep_freed_memory
 from ecl_hf.learning.optimiser import build_optimizer, learning_rate
 from ecl_hf.learning.precision import bfloat16_fault
@@ -57,6 +57,7 @@ from ecl_hf.learning.teachers import load_teacher
 from ecl_hf.learning.tuning import (
     FrozenEncoder,
     begin_tuning,
+    bootstrap,
     check_kept_features,
     encode,
     read_features,
@@ -169,6 +170,8 @@ class Session:
         set_seed(recipe.seed)
         counts, names = self.data.class_counts, self.data.class_names
         self.model = initialise_model(recipe.model, self.method, counts, names, recipe.loss)
+        if leak := label_leak(recipe.model, recipe.data.source):
+            self.say(f"warning: {leak}")
         self.encoder = None
         if recipe.model.tune != "head":
             self._save_memory()
@@ -336,7 +339,8 @@ class Session:
             if accelerator.is_main_process:
                 write_features(self.run.features_file, kept, fingerprint)
             images = sum(len(pictures) for pictures in parts.values() if pictures is not None)
-            self.say(f"features of {images} pictures: {time.perf_counter() - started:.1f} s; kept in the run folder")
+            self.progress.feature_seconds += time.perf_counter() - started
+            self.say(f"features of {images} pictures: {self.progress.feature_seconds:.1f} s; kept in the run folder")
         elif not accelerator.is_main_process:
             kept = read_features(self.run.features_file, fingerprint)
         pictures, views = self.train_set, self.train_set.views
@@ -354,9 +358,12 @@ class Session:
         if self.recipe.model.head_init == "class_means" and not self.recipe.data.streaming:
             labels, _, features = self._predict_training_set(self.model)
             labels, features = labels[labels >= 0], features[labels >= 0]
-            heads = [[expert.head for expert in self.model.experts], self.plain.references or []]
-            for head, vectors in ((head, features[:, k]) for part in heads for k, head in enumerate(part)):
-                start_at_class_means(head, vectors, labels)
+            for k, expert in enumerate(self.model.experts):
+                rows = torch.arange(len(labels))
+                if k and torch.equal(features[:, k], features[:, 0]):
+                    rows = bootstrap(labels, draw_seed(self.recipe.seed, self.progress.stage, k))
+                for head in (expert.head, *(self.plain.references or [])[k : k + 1]):
+                    start_at_class_means(head, features[rows, k], labels[rows])
             if self.plain.average is not None:
                 self.plain.average.set(self.model)
 

@@ -34,13 +34,14 @@ from ecl_hf.evidence.results import describe_run, report
 from ecl_hf.heads import log_prior_shift
 from ecl_hf.learning.batchnorm import save_statistics
 from ecl_hf.learning.finite import check_weights
+from ecl_hf.learning.initialise import pretrained_tag
 from ecl_hf.learning.low_rank import merge_low_rank
 from ecl_hf.learning.memory import peak_memory
 from ecl_hf.learning.optimiser import set_learning_rate
 from ecl_hf.learning.stages import fold_heads, published_copy
 from ecl_hf.methods.base import EpochContext, FinishContext, MixingContext, Part, Time
 from ecl_hf.repository import upload_directory
-from ecl_hf.runs.folder import RunFolder, describe_model, epoch_line
+from ecl_hf.runs.folder import RunFolder, describe_model, epoch_line, peak_memory
 from ecl_hf.runs.interruption import STOPPED, StopRequest, plain_errors
 from ecl_hf.runs.recipe import Recipe, prepare_flags
 from ecl_hf.runs.recipe_files import RecipeFile
@@ -294,8 +295,12 @@ class Training(Session):
             left = spent / self.progress.step * (self.last_step - self.progress.step)
             self.say(epoch_line(line, self.recipe.epochs, left))
 
+    def _note_memory(self) -> None:
+        self.progress.peak_memory = max(self.progress.peak_memory, *gather_object([peak_memory()]))
+
     def _write_checkpoint(self) -> None:
         check_weights(self.plain)
+        self._note_memory()
         with self.run.writing_checkpoint(self.progress.step) as folder:
             self.accelerator.save_state(folder)
             save_statistics(self.plain, folder, self.accelerator.process_index)
@@ -326,6 +331,7 @@ class Training(Session):
             predictions = self._predict("test", self.model, with_features=False, with_flip=True)
         if self.encoder:
             self.encoder.put_back()
+        self._note_memory()
         if not self.accelerator.is_main_process:
             return
         counts, names = self.data.class_counts, self.data.class_names
@@ -338,6 +344,7 @@ class Training(Session):
             **describe_model(self.model),
             "peak_memory": peak,
             "mixed_precision": self.mixed_precision,
+            "pretrained_weights": pretrained_tag(self.recipe.model),
             **self.environment,
             **commits,
         }

@@ -34,10 +34,11 @@ def describe_run(
         broken_test_pictures: the first ones that could not be decoded.
         finished: whether all epochs were trained.
     """
-    recorded = asdict(recipe)
-    places = [*(("data", key) for key in ("path", "train_list", "test_list", "split")), ("model", "teacher")]
-    for section, key in places:
-        if (place := recorded[section][key]) and (section == "data" or Path(place).exists()):
+    recorded, seconds = asdict(recipe), progress.total_seconds + progress.seconds
+    places = [("data", key) for key in ("path", "train_list", "test_list", "split")]
+    for section, key in (*places, ("model", "teacher"), ("model", "pretrained")):
+        place = recorded[section][key]
+        if isinstance(place, str | Path) and (section == "data" or Path(place).exists()):
             recorded[section][key] = Path(place).resolve().name
     return {
         "method": recipe.method,
@@ -58,7 +59,10 @@ def describe_run(
         "class_counts": class_counts,
         "class_names": class_names,
         "shot_groups": {name: int(mask.sum()) for name, mask in shot_groups(class_counts).items()},
-        "training_seconds": progress.total_seconds + progress.seconds,
+        "training_seconds": seconds,
+        "training_images_per_second": progress.step * recipe.batch_size / seconds if seconds else None,
+        "feature_seconds": progress.feature_seconds,
+        "peak_memory_bytes": progress.peak_memory or None,
         "recipe": recorded,
     }
 

@@ -25,7 +25,8 @@ class ModelConfig:
     no more weights than the classifier, at least 1."""
     head_init: Literal["random", "class_means"] = "random"
     """Cosine classifiers start at random, or at the directions of the classes' mean features, which suits a pretrained
-    encoder; experts with the same encoder then start alike."""
+    encoder. Experts with the same encoder start at means over bootstrap samples, and so nearly alike: K > 1 pays there
+    only with a method that drives experts apart."""
     num_experts: int | None = None
     """Number of experts K; the method's own when not given: 3 for most that train several."""
     teacher: str | None = None

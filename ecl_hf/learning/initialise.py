@@ -104,6 +104,41 @@ def _check_cut(model: ECLForImageClassification) -> None:
         raise ValueError(f"model.share_stages: {config.architecture} can't be cut between its stages: {reason}")
 
 
+def pretrained_tag(config: ModelConfig) -> str | None:
+    """Name of the weights that encoders start from: timm's with its full tag, a repository's, a file's; None for none.
+
+    timm's short names change their weights from version to version.
+    """
+    if config.pretrained is True:
+        known = timm.get_pretrained_cfg(config.architecture)
+        return f"{known.architecture}.{known.tag}" if known and known.tag else config.architecture
+    if isinstance(config.pretrained, str):
+        return Path(config.pretrained).name if Path(config.pretrained).is_file() else config.pretrained
+    return None
+
+
+def label_leak(config: ModelConfig, source: str) -> str | None:
+    """A sentence if pretrained weights have seen labels that the data set hides.
+
+    ImageNet-LT is a part of ImageNet-1k, whose validation pictures are its test pictures: an encoder that was trained
+    on ImageNet-1k has learned the rare classes from all their pictures. timm's tags say what weights were trained on.
+
+    Args:
+        config: the recipe's.
+        source: of the data.
+    """
+    tag = pretrained_tag(config)
+    if tag is None or source != "imagenet_lt":
+        return None
+    known = timm.get_pretrained_cfg(config.architecture) if config.pretrained is True else None
+    if "in1k" not in tag.lower() and not (known and known.num_classes == 1000):
+        return None
+    return (
+        f"the weights {tag} were trained on ImageNet-1k with all its labels, from which imagenet_lt takes most away: "
+        "what is measured says nothing of long-tailed data; take weights with a tag without in1k"
+    )
+
+
 def _encoder_settings(config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str, torch.Tensor] | None]:
     """Arguments for timm, data configuration, and pretrained weights or None."""
     own = create_encoder(config.architecture).pretrained_cfg

@@ -235,6 +235,28 @@ def write_features(file: Path, tensors: dict[str, Tensor], fingerprint: str) -> 
     partial.replace(file)
 
 
+def bootstrap(labels: Tensor, seed: int) -> Tensor:
+    """Positions of as many pictures of each class as there are, drawn with replacement (Breiman, "Bagging", 1996).
+
+    Experts on one frozen encoder start at the class means of such draws: at equal means, and with equal batches, their
+    gradients would be equal for ever, and terms between experts zero. It is a small difference, which the training of
+    heads alone makes smaller still: more than one expert pays with a method that drives them apart, such as `ride` or
+    `sade`, and not with one that trains each by the same loss.
+
+    Args:
+        labels: class indices, [N].
+        seed: of the draws.
+
+    Returns:
+        [N]; a class of one picture has that one.
+    """
+    order, counts = labels.argsort(stable=True), labels.bincount()
+    sorted_labels = labels[order]
+    share = torch.rand(len(labels), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    within = (share * counts[sorted_labels]).long()
+    return order[(counts.cumsum(0) - counts)[sorted_labels] + within]
+
+
 @torch.no_grad()
 def start_at_class_means(head: nn.Module, features: Tensor, labels: Tensor) -> None:
     """Set the rows of a cosine classifier to the directions of the classes' mean directions; other heads stay.

@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -29,6 +30,11 @@ from ecl_hf.runs.checkpoints import discard, find_defect, publish, remove_partia
 from ecl_hf.runs.interruption import writing
 from ecl_hf.runs.locks import FolderLock
 from ecl_hf.runs.recipe import Recipe
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None
 
 FREE_TO_CHANGE = (
     *("train.max_steps", "train.checkpoint_every", "train.keep_last", "data.path", "data.num_workers", "model.teacher"),
@@ -62,6 +68,8 @@ class Progress:
         skipped_before: those of them before the running stage.
         best: the best balanced accuracy on the validation pictures so far, and after which epoch (from 1) it was found.
         mixed_precision: of a CPU that was asked for bfloat16: `bf16`, or `no` where it did not pay; else None.
+        peak_memory: largest resident memory of a process so far, in bytes.
+        feature_seconds: time in which a frozen encoder looked at the pictures.
         ended: whether the run came to its end before its last epoch, since it did not get better.
         missing: micro-batches of the running epoch that are not in its sums, because their step was left out.
     """
@@ -82,6 +90,8 @@ class Progress:
     best_epoch: int | None = None
     ended: bool = False
     mixed_precision: str | None = None
+    peak_memory: int = 0
+    feature_seconds: float = 0.0
 
     @classmethod
     def read(cls, file: Path) -> "Progress":
@@ -472,6 +482,14 @@ def describe_environment(num_processes: int, device: torch.device) -> dict[str, 
             "processes": num_processes,
         },
     }
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process up to now, in bytes; 0 where the system does not tell."""
+    if resource is None:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 @torch.no_grad()

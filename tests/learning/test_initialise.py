@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from ecl_hf.learning.config import ModelConfig
-from ecl_hf.learning.initialise import initialise_model
+from ecl_hf.learning.initialise import initialise_model, label_leak, pretrained_tag
 from ecl_hf.methods import METHODS
 
 NAMES = ["ant", "bee", "cow", "dog"]
@@ -230,3 +230,23 @@ def test_more_arguments_for_the_encoders():
     assert [expert.head.in_features for expert in model.experts] == [20, 20]
     with pytest.raises(ValueError, match=r"model\.args must not hold checkpoint_path"):
         ModelConfig(args={"checkpoint_path": "weights.pth"})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "pretrained", "tag", "leaks"),
+    [
+        ("resnet18", True, "resnet18.a1_in1k", True),
+        ("vit_base_patch16_224", True, "vit_base_patch16_224.augreg2_in21k_ft_in1k", True),
+        ("vit_base_patch16_224.augreg_in21k", True, "vit_base_patch16_224.augreg_in21k", False),
+        ("vit_base_patch16_clip_224.openai", True, "vit_base_patch16_clip_224.openai", False),
+        ("seresnextaa101d_32x8d.sw_in12k", True, "seresnextaa101d_32x8d.sw_in12k", False),
+        ("resnet18", "timm/resnet18.fb_ssl_yfcc100m_ft_in1k", "timm/resnet18.fb_ssl_yfcc100m_ft_in1k", True),
+        ("resnet18", False, None, False),
+    ],
+)
+def test_weights_that_know_the_labels_are_told_by_their_tag(architecture, pretrained, tag, leaks):
+    config = ModelConfig(architecture=architecture, pretrained=pretrained)
+    assert pretrained_tag(config) == tag
+    assert label_leak(config, "places_lt") is None
+    assert bool(told := label_leak(config, "imagenet_lt")) == leaks
+    assert not leaks or tag in told

@@ -7,7 +7,7 @@ from torch import nn
 from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.heads import ECLCosineHead
 from ecl_hf.learning.task import CollaborativeTask
-from ecl_hf.learning.tuning import encode, read_features, start_at_class_means, write_features
+from ecl_hf.learning.tuning import bootstrap, encode, read_features, start_at_class_means, write_features
 from ecl_hf.methods import METHODS
 
 
@@ -44,6 +44,19 @@ def test_head_at_class_means_is_the_nearest_direction():
     weight = linear.weight.detach().clone()
     start_at_class_means(linear, features, labels)
     assert torch.equal(linear.weight, weight)
+
+
+def test_bootstrap_draws_as_many_pictures_of_each_class():
+    labels = torch.tensor([2, 0, 1, 0, 2, 2, 0, 0, 2, 4])
+    drawn = bootstrap(labels, 3)
+    assert sorted(labels[drawn].tolist()) == sorted(labels.tolist())
+    assert torch.equal(drawn, bootstrap(labels, 3))
+    assert not torch.equal(drawn, bootstrap(labels, 4))
+    counts = torch.zeros(len(labels))
+    for seed in range(2000):
+        counts += torch.bincount(bootstrap(labels, seed), minlength=len(labels))
+    torch.testing.assert_close(counts / 2000, torch.ones(len(labels)), rtol=0, atol=0.1)  # each picture once on average
+    assert counts[2] == counts[9] == 2000  # the only ones of their classes
 
 
 def test_kept_features_are_read_whole_or_not_at_all(tmp_path):

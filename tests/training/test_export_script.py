@@ -89,6 +89,16 @@ def load(run, **kwargs):
 # --- cards ---
 
 
+def test_cards_name_the_pretrained_weights_with_their_tag(run):
+    tag = "vit_base_patch16_224.augreg2_in21k_ft_in1k"
+    for template, expert in (("model_card.md", None), ("timm_card.md", 1)):
+        told = {**results(3), "pretrained_weights": tag}
+        card = model_card(ROOT / "hub_cards" / template, load(run).config, told, expert=expert)
+        assert f"Training began with the pretrained weights `{tag}`." in card.text
+        card = model_card(ROOT / "hub_cards" / template, load(run).config, results(3), expert=expert)
+        assert "pretrained weights" not in card.text
+
+
 def test_every_number_of_the_card_is_in_the_results(run, tmp_path):
     export.main(
         ["--run", str(run.path), "--output", str(tmp_path / "out"), "--repo_id", "me/foxes", "--license", "mit"]

@@ -122,6 +122,11 @@ def test_interrupted_run_on_kept_features_is_the_uninterrupted_one(train, tmp_pa
     train("parts", *flags, f"--train.max_steps={steps + 2}")
     monkeypatch.setattr("ecl_hf.session.encode", None)  # what was kept is read
     assert_same_run(whole, train("parts", *flags, "--resume"))
+    heads = ECLForImageClassification.from_pretrained(whole / "model").experts
+    assert not torch.equal(heads[0].head.weight, heads[1].head.weight)  # as they would stay from equal starts
+    results = json.loads((whole / "results.json").read_text())
+    assert results["feature_seconds"] > 0
+    assert results["pretrained_weights"] == results["recipe"]["model"]["pretrained"] == "encoder.safetensors"
     (tmp_path / "another").mkdir()
     shutil.copy(whole / "features.safetensors", tmp_path / "another")
     assert_same_run(whole, train("another", *flags))

@@ -111,6 +111,10 @@ def test_whole_run_learns_and_follows_the_cosine(tmp_path):
     results = json.loads((run / "results.json").read_text())
     assert results["finished"]
     assert results["epochs"] == 8
+    images = results["steps"] * 16  # in a batch
+    assert results["training_images_per_second"] == pytest.approx(images / results["training_seconds"])
+    assert 1e8 < results["peak_memory_bytes"] < 1e11
+    assert results["pretrained_weights"] is None
     assert results["test"]["plain"]["ensemble"]["top1"] > 0.2
     assert results["test"]["plain"]["ensemble"]["many"] is None  # no class of this split has more than 100 images
 
@@ -209,6 +213,7 @@ def test_run_that_saves_memory_is_the_same(tmp_path):
 
 def test_mixed_precision_and_tensorboard(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setattr("ecl_hf.session.bfloat16_fault", lambda *_: "")
     run = train(tmp_path / "run", "--method=ecl", "--train.max_steps=2", "--report_to", "tensorboard")
     assert json.loads((run / "results.json").read_text())["mixed_precision"] == "bf16"
     assert all(tensor.dtype != torch.bfloat16 for tensor in weights(run).values())
