@@ -41,7 +41,7 @@ from ecl_hf.learning.optimiser import set_learning_rate
 from ecl_hf.learning.stages import fold_heads, published_copy
 from ecl_hf.methods.base import EpochContext, FinishContext, MixingContext, Part, Time
 from ecl_hf.repository import upload_directory
-from ecl_hf.runs.folder import RunFolder, describe_model, epoch_line, peak_memory
+from ecl_hf.runs.folder import RunFolder, describe_model, epoch_line
 from ecl_hf.runs.interruption import STOPPED, StopRequest, plain_errors
 from ecl_hf.runs.recipe import Recipe, prepare_flags
 from ecl_hf.runs.recipe_files import RecipeFile
@@ -296,7 +296,9 @@ class Training(Session):
             self.say(epoch_line(line, self.recipe.epochs, left))
 
     def _note_memory(self) -> None:
-        self.progress.peak_memory = max(self.progress.peak_memory, *gather_object([peak_memory()]))
+        self.progress.peak_memory = max(
+            self.progress.peak_memory, *gather_object([peak_memory(self.accelerator.device)])
+        )
 
     def _write_checkpoint(self) -> None:
         check_weights(self.plain)
@@ -326,7 +328,6 @@ class Training(Session):
         The reported numbers are the last epoch's, or where there are validation pictures, those of the epoch that they
         choose.
         """
-        peak = peak_memory(self.accelerator.device)
         with torch.compiler.set_stance("force_eager"):  # compiling for batches of another size would take longer
             predictions = self._predict("test", self.model, with_features=False, with_flip=True)
         if self.encoder:
@@ -342,7 +343,6 @@ class Training(Session):
         commits = {"commit": self.progress.commit, "commit_of_test": self.environment["commit"]}
         results |= {
             **describe_model(self.model),
-            "peak_memory": peak,
             "mixed_precision": self.mixed_precision,
             "pretrained_weights": pretrained_tag(self.recipe.model),
             **self.environment,

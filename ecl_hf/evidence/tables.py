@@ -86,7 +86,7 @@ def method_rows(results: dict[str, Results], cells: dict[str, dict[str, str]]) -
     for cell in found:
         runs = results[cell]
         minutes = [run["training_seconds"] / 60 for run in runs]
-        peaks = [run.get("peak_memory") for run in runs]
+        peaks = [run.get("peak_memory_bytes") for run in runs]
         cost = {
             "training, min": f"{statistics.mean(minutes):.1f}"
             + (f" ± {statistics.stdev(minutes):.1f}" if len(minutes) > 1 else ""),

@@ -5,7 +5,6 @@ losses know nothing of them.
 """
 
 import ctypes
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ecl_hf.learning.batchnorm import statistics
 from ecl_hf.modeling_ecl import ECLForImageClassification
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None
 
 
 def checkpoint_blocks(model: ECLForImageClassification) -> None:
@@ -71,8 +75,13 @@ def keep_freed_memory() -> bool:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that this process has held at most: on a GPU what PyTorch allocated there, else resident memory."""
+    """Bytes that this process has held at most: on a GPU what PyTorch allocated there, else resident memory.
+
+    0 where the system does not tell.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak

@@ -11,7 +11,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -30,11 +29,6 @@ from ecl_hf.runs.checkpoints import discard, find_defect, publish, remove_partia
 from ecl_hf.runs.interruption import writing
 from ecl_hf.runs.locks import FolderLock
 from ecl_hf.runs.recipe import Recipe
-
-try:
-    import resource
-except ImportError:  # not on Windows
-    resource = None
 
 FREE_TO_CHANGE = (
     *("train.max_steps", "train.checkpoint_every", "train.keep_last", "data.path", "data.num_workers", "model.teacher"),
@@ -482,14 +476,6 @@ def describe_environment(num_processes: int, device: torch.device) -> dict[str, 
             "processes": num_processes,
         },
     }
-
-
-def peak_memory() -> int:
-    """Largest resident memory of this process up to now, in bytes; 0 where the system does not tell."""
-    if resource is None:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 @torch.no_grad()

@@ -398,7 +398,7 @@ def test_table_of_methods_has_accuracy_beside_cost(tmp_path, tiny):
     pytest.importorskip("matplotlib")
     for name, few, memory in (("ce", 0.0, 3 << 20), ("tde", 0.3, None)):
         for seed, top1 in ((0, 0.4 + few), (1, 0.42 + few)):
-            cost = {} if memory is None else {"peak_memory": memory}
+            cost = {} if memory is None else {"peak_memory_bytes": memory}
             loss = {"a_setting_of_its_own": name}
             place(tmp_path / "tiny", name, made_up(seed, top1, few=few, method=name, loss=loss) | cost)
     (page,) = reproduce.main(["methods", *tiny, "--render_only", "--seeds", "0", "1"])
