@@ -45,3 +45,8 @@ def in_markdown(text: str) -> str:
 def in_code(text: str) -> str:
     """A name for a Markdown code span, whose end it can't be."""
     return printable(text).replace("`", "'").replace("|", "/")
+
+
+def in_spreadsheet(text: str) -> str:
+    """A name for a cell of a CSV file; one that a spreadsheet would compute gets an apostrophe in front."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

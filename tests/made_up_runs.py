@@ -5,13 +5,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from ecl_hf.evidence.analysis import embed_features, pairwise_feature_distance, posthoc_accuracy, shifted_accuracy
+from ecl_hf.evidence.classes import class_rows, mistakes, thumbnail
 from ecl_hf.evidence.evaluation import Predictions, summarise
 from ecl_hf.evidence.metrics import class_accuracy, confusion_matrix, reliability_table
 
 MACHINE = {"platform": "a machine", "device": "cpu", "processes": 1, "threads_per_process": 1}
+
+
+def class_tables(logits: torch.Tensor, labels: torch.Tensor, counts: list[int]) -> dict:
+    """Each class and the mistakes, with pictures in one colour."""
+    rows = class_rows(logits, labels, counts, torch.ones(len(counts)))
+    sizes = [(8, 8), (640, 480), (300, 900)]
+
+    def picture(i: int) -> str:
+        return thumbnail(Image.new("RGB", sizes[i % 3], (20 * i % 255, 90, 200 - 2 * i)))
+
+    return {"classes": rows, **mistakes(logits, labels, rows, picture)}
 
 
 def make_run(folder: Path, seed: int = 0, experts: int = 3, landscape: bool = True) -> Path:
@@ -35,6 +48,7 @@ def make_run(folder: Path, seed: int = 0, experts: int = 3, landscape: bool = Tr
         **{"model": "somewhere/model", "images_per_second": 10.0, "landscape_images": 4, "logit_prior": "uniform"},
         "reliability": {"plain": {"ensemble": reliability_table(ensemble.softmax(-1), labels)}},
         "posthoc": posthoc_accuracy(logits, logits.mean(1), labels, counts, [-1, 0.0, 1.0]),
+        **class_tables(ensemble, labels, counts),
         "shifted": shifted_accuracy(ensemble, labels, counts, "uniform"),
     }
     arrays = {

@@ -5,8 +5,9 @@
     accelerate launch training/evaluate.py --model me/ecl --recipe cifar100_lt --data.path DIR
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -- training/evaluate.py --run runs/c100    # mind the --
 
-Scores and small tables go to a JSON file, larger arrays to an .npz file beside it; `figures.py` draws from both. Into a
-run's own results.json go the scores alone.
+Scores, small tables and small pictures of mistakes go to a JSON file; beside it larger arrays go to an .npz file, and
+the scores of each class to a .csv file. `figures.py` draws from the first two. Into a run's results.json go scores
+alone.
 """
 
 import json
@@ -31,7 +32,7 @@ from ecl_hf import ECLForImageClassification
 from ecl_hf.data.config import DataConfig
 from ecl_hf.data.loaders import evaluation_loader
 from ecl_hf.data.longtailed import LongTailedData, load_longtailed
-from ecl_hf.data.pictures import BrokenPictureError
+from ecl_hf.data.pictures import BrokenPictureError, decode
 from ecl_hf.data.views import evaluation_view
 from ecl_hf.evidence.analysis import (
     collect_transfer,
@@ -40,6 +41,7 @@ from ecl_hf.evidence.analysis import (
     posthoc_accuracy,
     shifted_accuracy,
 )
+from ecl_hf.evidence.classes import class_rows, classes_csv, mistakes, thumbnail
 from ecl_hf.evidence.evaluation import Predictions, format_table, measure_speed, predict, summarise
 from ecl_hf.evidence.head_norms import diagnose
 from ecl_hf.evidence.landscape import landscape
@@ -70,7 +72,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     )
     parser.add_argument("--data.path", type=str | None, help="Local directory instead of the recipe's source")
     parser.add_argument("--batch_size", type=int, default=256, help="Images of one forward in each process")
-    parser.add_argument("--output", type=Path | None, help="JSON file to write; arrays go to the .npz beside it")
+    parser.add_argument("--output", type=Path | None, help="JSON file to write; arrays and classes go beside it")
     parser.add_argument(
         "--landscape_images", type=int, default=0, help="Test images of the loss landscape (Fig. 8); 0 leaves it out"
     )
@@ -182,6 +184,24 @@ def score_tables(predictions: Predictions, counts: list[int], logit_prior: str) 
     }
 
 
+def class_tables(
+    predictions: Predictions, pictures: datasets.Dataset, counts: list[int], carried: torch.Tensor, max_pixels: int
+) -> dict[str, Any]:
+    """Scores of each class, the worst classes and the most confused pairs, with small pictures of the mistakes."""
+    logits, labels = predictions.ensemble_logits, predictions.labels
+    stored = pictures.cast_column("image", datasets.Image(decode=False))
+    places = np.delete(np.arange(len(stored)), predictions.left_out)
+
+    def picture(position: int) -> str | None:
+        try:
+            return thumbnail(decode(stored[int(places[position])]["image"], max_pixels=max_pixels))
+        except BrokenPictureError:
+            return None
+
+    rows = class_rows(logits, labels, counts, carried)
+    return {"classes": rows, **mistakes(logits, labels, rows, picture)}
+
+
 def class_arrays(predictions: Predictions, counts: list[int]) -> dict[str, np.ndarray]:
     """Class accuracies (ensemble first), confusion of the ensemble, feature distances, t-SNE of the first expert."""
     labels, classes = predictions.labels, len(counts)
@@ -212,13 +232,14 @@ def read_output(output: Path) -> dict[str, Any]:
 
 
 def write(output: Path, old: dict[str, Any], results: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    """Write both files; of a run's own results the part that speaks of the training stays."""
+    """Write the files; of a run's own results the part that speaks of the training stays."""
     if "recipe" in old:
         results = old | {key: results[key] for key in ("test", "test_images")}
     else:
         partial = output.with_name(f".{output.stem}.partial.npz")
         np.savez_compressed(partial, **arrays)
         partial.replace(output.with_suffix(".npz"))
+        write_atomically(output.with_suffix(".csv"), classes_csv(results["classes"], results["class_names"]))
     write_atomically(output, json.dumps(results, indent=1) + "\n")
 
 
@@ -292,6 +313,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             batch = torch.zeros(SPEED_BATCH, *plain.config.pretrained_cfg["input_size"], device=plain.device)
             results |= {"images_per_second": measure_speed(plain, batch), "landscape_images": args.landscape_images}
             results |= score_tables(predictions, counts, plain.config.logit_prior)
+            carried = torch.as_tensor(plain.carried_prior())
+            results |= class_tables(predictions, data.test, counts, carried, config.max_pixels)
             write(args.output, old, results, arrays | class_arrays(predictions, counts))
     accelerator.end_training()
     return results

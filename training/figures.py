@@ -13,6 +13,7 @@ import base64
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,9 @@ from jsonargparse import ArgumentParser
 from matplotlib.figure import Figure
 
 from ecl_hf.evidence import plots
+from ecl_hf.evidence.classes import ranked_classes
+from ecl_hf.evidence.plots.fonts import drawable, fonts_for
+from ecl_hf.evidence.plots.style import short_names
 from ecl_hf.names import printable
 from ecl_hf.runs.folder import RunFolder, write_atomically
 
@@ -110,7 +114,10 @@ TEXTS = {
 }
 """Of each figure its title, its caption, and why it may be absent."""
 
-SCORES = ("top1", "balanced", "macro_f1", "top5", "many", "medium", "few", "ece")
+MOST_ROWS = 300
+"""Classes in the report's table; the .csv file beside the evaluation has all."""
+
+SCORES = ("balanced", "top1", "macro_f1", "top5", "many", "medium", "few", "ece")
 
 
 @dataclass(frozen=True)
@@ -169,10 +176,17 @@ def of_runs(runs: dict[str, Evidence], *names: str) -> dict[str, Any]:
     return {run: arrays[0] if len(names) == 1 else tuple(arrays) for run, arrays in having.items() if arrays}
 
 
-def draw_all(runs: dict[str, Evidence], tables: dict[str, list[dict[str, str]]]) -> dict[str, Figure]:
-    """Every figure for which there is something to draw, in the order and by the names of `TEXTS`."""
-    first = next(iter(runs.values())).evaluation
-    counts, names = first["class_counts"], [printable(name, 30) for name in first["class_names"]]
+def draw_all(
+    runs: dict[str, Evidence], tables: dict[str, list[dict[str, str]]], names: Sequence[str]
+) -> dict[str, Figure]:
+    """Every figure for which there is something to draw, in the order and by the names of `TEXTS`.
+
+    Args:
+        runs: by the names that the figures show.
+        tables: of `reproduce.py`, by their names.
+        names: of the classes, as the figures show them.
+    """
+    counts = next(iter(runs.values())).evaluation["class_counts"]
     tests = {run: evidence.evaluation for run, evidence in runs.items()}
     predicted = {run: matrix.sum(0) for run, matrix in of_runs(runs, "confusion").items()}
     tested = next((matrix.sum(1) for matrix in of_runs(runs, "confusion").values()), [])
@@ -255,6 +269,43 @@ def run_rows(runs: dict[str, Evidence]) -> list[list[str]]:
     return rows
 
 
+def failures(evidence: Evidence) -> dict[str, Any] | None:
+    """The worst classes, the most confused pairs and the table of the classes; None of an evaluation without them."""
+    evaluation = evidence.evaluation
+    if "classes" not in evaluation:
+        return None
+    names = [printable(name) for name in evaluation["class_names"]]
+
+    def shown(entry: dict[str, Any]) -> dict[str, Any]:
+        pictures = [
+            {**picture, "predicted": names[picture["predicted"]], "confidence": percent(picture["confidence"])}
+            for picture in entry["pictures"]
+            if re.fullmatch(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+", picture["src"])
+        ]
+        there = {key: names[entry[key]] for key in ("class", "predicted") if key in entry}
+        return {**entry, **there, "pictures": pictures, "training": evaluation["class_counts"][entry["class"]]}
+
+    rows, order = evaluation["classes"], ranked_classes(evaluation["classes"])
+    scores = ("accuracy", "f1", "accuracy_training_prior", "f1_training_prior")
+    return {
+        "worst": [shown(entry) for entry in evaluation["worst"]],
+        "confused": [shown(entry) for entry in evaluation["confused"]],
+        "classes": [
+            {
+                **{
+                    "place": c,
+                    "name": names[c],
+                    "training": rows[c]["training_images"],
+                    "test": rows[c]["test_images"],
+                },
+                "scores": [percent(rows[c][score]) for score in scores],
+            }
+            for c in order[:MOST_ROWS]
+        ],
+        "left_out": max(0, len(order) - MOST_ROWS),
+    }
+
+
 def read_tables(folder: Path | None) -> dict[str, list[dict[str, str]]]:
     """Tables of `reproduce.py`, by their names; FileNotFoundError if there is none."""
     if folder is None:
@@ -305,19 +356,25 @@ def main(argv: Sequence[str] | None = None) -> Path:
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
-    figures = draw_all(runs, tables)
-    drawings = [
-        {
-            **{"name": name, "title": TEXTS[name][0], "caption": TEXTS[name][1]},
-            **{"png": save(name, figure, output), "width": round(96 * figure.get_figwidth())},
-        }
-        for name, figure in figures.items()
-    ]
+    class_names = [printable(name) for name in first["class_names"]]
+    run_names = [printable(name) for name in names]
+    with fonts_for([*class_names, *run_names]) as lost:
+        shown = short_names(drawable(run_names, lost, "run"), 30)
+        renamed = dict(zip(shown, runs.values(), strict=True))
+        figures = draw_all(renamed, tables, drawable(class_names, lost))
+        drawings = [
+            {
+                **{"name": name, "title": TEXTS[name][0], "caption": TEXTS[name][1]},
+                **{"png": save(name, figure, output), "width": round(96 * figure.get_figwidth())},
+            }
+            for name, figure in figures.items()
+        ]
     absent = {title: why for name, (title, _, why) in TEXTS.items() if name not in figures}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     html = environment.from_string(TEMPLATE.read_text()).render(
         names=names,
         evaluation=first,
+        failures={name: found for name, evidence in runs.items() if (found := failures(evidence))},
         drawings=drawings,
         absent=absent,
         run_table=run_rows(runs),
@@ -330,6 +387,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
     write_atomically(report, html)
     for name in figures:
         print(f"{output / name}.png")
+    if lost:
+        some = "".join(sorted(lost)[:10])
+        print(
+            f"no font of this machine has {len(lost)} characters of the names ({some}): figures show numbers instead "
+            "of these names, the report has them; fonts such as Noto Sans CJK have most"
+        )
     for title, why in absent.items():
         print(f"not drawn: {title}: {why}")
     print(report)

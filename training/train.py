@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from ecl_hf.data.loaders import draw_seed
 from ecl_hf.evidence.calibration import fit_temperature
+from ecl_hf.evidence.classes import class_rows, classes_csv
 from ecl_hf.evidence.evaluation import score
 from ecl_hf.evidence.results import describe_run, report
 from ecl_hf.heads import log_prior_shift
@@ -352,7 +353,8 @@ class Training(Session):
             f"test/{name}": value for name, value in results["test"]["plain"]["ensemble"].items() if value is not None
         }
         self.accelerator.log(ensemble, step=self.progress.step)
-        self.run.finish(self.model, partial(self.add_card, results=results), results)
+        rows = class_rows(predictions.ensemble_logits, predictions.labels, counts, carried)
+        self.run.finish(self.model, partial(self.add_card, results=results), results, classes_csv(rows, names))
         self.say(report(self.run))
         if broken := results["broken_pictures"]["first"]:
             found = results["broken_pictures"]["train"] + results["broken_pictures"]["test"]

@@ -53,6 +53,14 @@ def group_accuracy(
     return {"overall": (predictions == labels).double().mean().item() if len(labels) else None, **means}
 
 
+def class_f1(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """F1 of each class, the harmonic mean of precision and recall, [N], [N] -> [C], float64; NaN without image."""
+    images = torch.bincount(labels, minlength=num_classes)
+    hits = torch.bincount(labels[predictions == labels], minlength=num_classes).double()
+    f1 = 2 * hits / (images + torch.bincount(predictions, minlength=num_classes))
+    return f1.masked_fill(images == 0, torch.nan)
+
+
 def macro_f1(predictions: Tensor, labels: Tensor, num_classes: int) -> float | None:
     """Mean over the classes with images of their F1, the harmonic mean of precision and recall.
 
@@ -69,10 +77,7 @@ def macro_f1(predictions: Tensor, labels: Tensor, num_classes: int) -> float | N
     """
     if not len(labels):
         return None
-    images = torch.bincount(labels, minlength=num_classes)
-    hits = torch.bincount(labels[predictions == labels], minlength=num_classes).double()
-    f1 = 2 * hits / (images + torch.bincount(predictions, minlength=num_classes))
-    return f1[images > 0].mean().item()
+    return class_f1(predictions, labels, num_classes).nanmean().item()
 
 
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, num_bins: int = 15) -> float:

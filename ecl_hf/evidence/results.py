@@ -80,5 +80,7 @@ def report(run: RunFolder) -> str:
     if adjusted := results.get("test_with_training_prior"):
         top1, balanced = (f"{100 * adjusted['plain'][name]:.1f}" for name in ("top1", "balanced"))
         lines.append(f"adjusted to the class frequencies of the training set: top1 {top1}, balanced {balanced}")
+    if run.classes_file.exists():
+        lines.append(f"{run.classes_file}: each class, the worst one first")
     lines += [f"{run.results_file}: all numbers", f"{run.model}: the model, for from_pretrained and pipeline"]
     return "\n".join(lines)

@@ -2,7 +2,8 @@
 
 recipe.yaml      the resolved recipe         metrics.jsonl   a line per epoch
 model/           the published model         results.json    test metrics of the last epoch
-checkpoints/     resumable state             features.safetensors   of a frozen encoder, if heads alone are trained
+checkpoints/     resumable state             classes.csv     the same of each class, the worst one first
+features.safetensors   of a frozen encoder, if heads alone are trained
 """
 
 import json
@@ -216,6 +217,7 @@ class RunFolder:
         self.features_file = self.path / "features.safetensors"
         self.metrics_file = self.path / "metrics.jsonl"
         self.results_file = self.path / "results.json"
+        self.classes_file = self.path / "classes.csv"
         self.model = self.path / "model"
         self.checkpoints = self.path / "checkpoints"
         self.lock = FolderLock(self.path)
@@ -407,9 +409,13 @@ class RunFolder:
             write_atomically(self.metrics_file, "".join(f"{json.dumps(entry)}\n" for entry in kept))
 
     def finish(
-        self, model: ECLForImageClassification, add_card: Callable[[Path], None], results: dict[str, Any]
+        self,
+        model: ECLForImageClassification,
+        add_card: Callable[[Path], None],
+        results: dict[str, Any],
+        classes: str = "",
     ) -> None:
-        """Write the model with the card that `add_card` puts beside it, then the results."""
+        """Write the model with the card that `add_card` puts beside it, the table of the classes, then the results."""
         partial = self.path / ".model.partial"
         discard(partial)
         partial.mkdir()
@@ -421,6 +427,8 @@ class RunFolder:
         discard(self.model)
         partial.rename(self.model)
         synchronise(self.path)
+        if classes:
+            write_atomically(self.classes_file, classes)
         write_atomically(self.results_file, json.dumps(results, indent=1) + "\n")
 
 

@@ -9,7 +9,9 @@ from html.parser import HTMLParser
 
 import figures
 import pytest
+from matplotlib import font_manager
 
+from ecl_hf.evidence.plots import fonts
 from tests.made_up_runs import make_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -21,10 +23,15 @@ LOOK = """<!DOCTYPE html><body><iframe id="page" src="{report}" width="{width}" 
 <script>
 addEventListener("load", () => {{
   const page = document.getElementById("page").contentDocument, root = page.documentElement;
-  const images = [...page.images].map(image => image.complete && image.naturalWidth > 100 && image.alt.length > 20);
+  const images = [...page.querySelectorAll(".picture img")]
+    .map(image => image.complete && image.naturalWidth > 100 && image.alt.length > 20);
+  const mistakes = [...page.querySelectorAll(".mistakes img")]
+    .map(image => image.complete && image.naturalWidth > 0 && image.alt.length > 20 && image.width > 40);
+  page.querySelectorAll("details").forEach(details => {{ details.open = true; }});
   const small = [...page.querySelectorAll("p, td, th, figcaption, li")]
     .map(element => parseFloat(getComputedStyle(element).fontSize)).filter(size => size < 12);
-  const seen = {{ overflow: root.scrollWidth - root.clientWidth, images, small: small.length, width: root.clientWidth,
+  const seen = {{ overflow: root.scrollWidth - root.clientWidth, images, mistakes, small: small.length,
+    width: root.clientWidth,
     scripts: page.scripts.length, tables: page.querySelectorAll(".scroll > table").length }};
   document.getElementById("seen").textContent = JSON.stringify(seen);
 }});
@@ -65,7 +72,14 @@ def test_every_figure_is_written_and_inlined(report):
     parser = Collect()
     parser.feed(report.read_text())
     images = [attributes for tag, attributes in parser.tags if tag == "img"]
-    inlined = {base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) for image in images}
+    inlined = {base64.b64decode(image["src"].partition(",")[2]) for image in images}
+    inlined -= {
+        base64.b64decode(entry["src"].partition(",")[2])
+        for name in ("ours", "theirs")
+        for kind in ("worst", "confused")
+        for shown in json.loads((report.parents[1] / name / "evaluation.json").read_text())[kind]
+        for entry in shown["pictures"]
+    }
     assert inlined == {path.read_bytes() for path in report.parent.glob("*.png")}
     anchors = {attributes.get("id") for _, attributes in parser.tags}
     assert {attributes["href"][1:] for tag, attributes in parser.tags if tag == "a"} <= anchors
@@ -110,7 +124,8 @@ def test_report_in_a_browser(report, tmp_path, width):
     assert seen["overflow"] <= 0
     assert seen["images"] == [True] * len(FIGURES)
     assert seen["small"] == 0
-    assert seen["tables"] == 3
+    assert seen["tables"] == 5
+    assert set(seen["mistakes"]) == {True}
     assert seen["scripts"] == 0
 
 
@@ -143,3 +158,65 @@ def test_wrong_flags_are_named(tmp_path, flags, capsys):
     said = str(error.value) + capsys.readouterr().err
     assert any(part in said for part in ("2 names for 1 runs", "different names", "nope"))
     assert not (run / "figures").exists()
+
+
+NAMES = [
+    "Ärger im Ölfeld, eine sehr lange Bezeichnung einer Klasse, die niemals endet",
+    *("浮游生物的一个非常长的中文类名称包含很多汉字", "クラゲの幼生", "해파리 유생", "العوالق الحيوانية", "פלנקטון"),
+    *("<img src=x onerror=alert(1)>", "_hidden $x^2$ $y$", "a" * 70 + "1", "a" * 70 + "2"),
+]
+
+
+@pytest.fixture
+def strange(tmp_path):
+    """A run whose class names are long, in scripts for which there may be no font, and no text of HTML."""
+    run = make_run(tmp_path / "run", landscape=False)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["worst"][0]["pictures"][0]["src"] = 'x" onerror="alert(1)'
+    (run / "evaluation.json").write_text(json.dumps(evaluation | {"class_names": NAMES}))
+    return run
+
+
+def test_strange_names_are_readable_and_do_nothing(strange, monkeypatch, capsys):
+    own = [font for font in font_manager.fontManager.ttflist if "DejaVu" in font.name]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", own)  # as where no other font is installed
+    fonts.find_fonts.cache_clear()
+    text = figures.main([f"--run={strange}"]).read_text()  # a warning would be an error
+    fonts.find_fonts.cache_clear()
+    parser = Collect()
+    parser.feed(text)
+    assert not any(key.startswith("on") for _, attributes in parser.tags for key in attributes)
+    assert "&lt;img src=x onerror=alert(1)&gt;" in text
+    assert all(f"<bdi>{name}</bdi>" in text for name in NAMES[1:6])
+    assert text.count('<img class="tiny" src="data:image/png') + text.count('<img src="data:image/jpeg') > 5
+    said = capsys.readouterr().out
+    assert re.search(
+        r"no font of this machine has \d+ characters of the names \(.*\): figures show numbers instead", said
+    )
+    drawn = (strange / "figures" / "fig6_tsne.svg").read_text()
+    comments = re.findall(r"<!-- (.*?) -->", drawn)  # the texts, whose letters are drawn as paths
+    assert {"class 1 (299)", "class 2 (179)", "class 3 (107)"} <= set(comments)
+    assert "פלנקטון (38)" in comments or "38" in drawn
+    assert len({comment for comment in comments if comment.startswith("aaa")}) == 2
+
+
+def test_each_class_is_in_the_table_worst_first(strange):
+    text = figures.main([f"--run={strange}"]).read_text()
+    rows = json.loads((strange / "evaluation.json").read_text())["classes"]
+    table = text.partition('id="classes"')[2].partition("</table>")[0]
+    accuracies = re.findall(r"(?s)<tr><td class=\"name\">.*?</tr>", table)
+    cells = [re.findall(r'<td class="number">([^<]*)</td>', row) for row in accuracies]
+    assert [float(row[3]) for row in cells] == sorted(float(row[3]) for row in cells)
+    for place, training, tested, *scores in cells:
+        row = rows[int(place)]
+        assert [int(training), int(tested)] == [row["training_images"], row["test_images"]]
+        names = ("accuracy", "f1", "accuracy_training_prior", "f1_training_prior")
+        assert scores == [f"{100 * row[name]:.1f}" for name in names]
+
+
+def test_an_older_evaluation_has_no_table_of_classes(strange):
+    evaluation = json.loads((strange / "evaluation.json").read_text())
+    for name in ("classes", "worst", "confused"):
+        evaluation.pop(name)
+    (strange / "evaluation.json").write_text(json.dumps(evaluation))
+    assert "Worst classes" not in figures.main([f"--run={strange}"]).read_text()

@@ -15,9 +15,11 @@ from ecl_hf.evidence.plots.style import (
     NAMED_CLASSES,
     Runs,
     draw_by_class,
+    legend_below,
     make_panels,
     mark_classes,
     shared_legend,
+    short_names,
     smooth,
     styled,
 )
@@ -121,20 +123,16 @@ def plot_tsne(runs: Runs, class_counts: Sequence[int], class_names: Sequence[str
     figure, panels = make_panels(len(runs), height=3.4)
     present = set(np.concatenate([labels for _, labels in runs.values()]).tolist())
     classes = [c for c in class_ranking(class_counts).tolist() if c in present]
-    colours = matplotlib.colormaps["tab10"].colors
+    colours, names = matplotlib.colormaps["tab10"].colors, short_names(class_names, 24)
     for axes, (name, (points, labels)) in zip(panels, runs.items(), strict=True):
         for c, colour in zip(classes, colours, strict=False):
             mine = points[labels == c]
-            label = f"{class_names[c]} ({class_counts[c]})"
-            label = f" {label}" if label.startswith("_") else label  # which a legend would leave out
+            label = f"{names[c]} ({class_counts[c]})"
             axes.scatter(*mine.T, s=7, color=colour, alpha=0.75, linewidths=0, label=label)
         axes.set_title(name)
         axes.set(xticks=[], yticks=[])
         axes.grid(visible=False)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=2 if len(runs) == 1 else 5, markerscale=2, fontsize=9
-    )
+    legend_below(figure, *panels[0].get_legend_handles_labels(), markerscale=2, fontsize=9)
     return figure
 
 
@@ -188,7 +186,8 @@ def plot_confusion(runs: Runs, class_counts: Sequence[int], class_names: Sequenc
     }
     top = max(log.max() for log in logs.values())
     named = len(ranking) <= NAMED_CLASSES
-    figure, panels = make_panels(len(runs), width=4.2, height=3.9, sharey=True)
+    size = {"width": 5.4, "height": 4.9, "columns": 2} if named else {"width": 4.2, "height": 3.9}
+    figure, panels = make_panels(len(runs), sharey=True, **size)
     for axes, (name, log) in zip(panels, logs.items(), strict=True):
         edges = (-0.5, len(ranking) - 0.5) * 2
         image = axes.imshow(log, cmap="Blues", vmin=0, vmax=top, origin="lower", extent=edges, interpolation="nearest")
@@ -196,8 +195,8 @@ def plot_confusion(runs: Runs, class_counts: Sequence[int], class_names: Sequenc
         axes.grid(visible=False)
         axes.set_xlabel("ground truth" if named else "ground truth, class rank")
         if named:
-            names = [class_names[c] for c in ranking]
-            axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+            names = [short_names(class_names)[c] for c in ranking]
+            axes.set_xticks(range(len(names)), names, rotation=90)
             axes.set_yticks(range(len(names)), names)
     panels[0].set_ylabel("prediction" if named else "prediction, class rank")
     figure.colorbar(image, ax=panels, label="log(1 + images)", shrink=0.8)

@@ -1,5 +1,6 @@
 """One style for all figures, and what they share."""
 
+import unicodedata
 from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
@@ -20,6 +21,9 @@ GROUP_COLOURS = {"many": "#0072B2", "medium": "#E69F00", "few": "#D55E00"}
 NAMED_CLASSES = 20
 """Up to so many classes are written out, and drawn one by one."""
 
+LABEL = 18
+"""Columns of text, each as wide as a Latin letter, that a class name or a run's name may take."""
+
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 10.5,
@@ -39,6 +43,33 @@ STYLE = {
 styled = matplotlib.rc_context(STYLE)
 
 
+def columns_of(text: str) -> int:
+    """Width of a text in Latin letters: a Chinese character takes two, what is written over another one none."""
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+
+
+def short(name: str, most: int = LABEL) -> str:
+    """A name that fits; a longer one loses its middle. Also what a legend would leave out is kept."""
+    name = f" {name}" if name.startswith("_") else name
+    if columns_of(name) <= most:
+        return name
+    head, tail = name[:most], name[-most:]
+    while columns_of(head) > most - most // 2 - 1:
+        head = head[:-1]
+    while columns_of(tail) > most // 2:
+        tail = tail[1:]
+    return f"{head}…{tail}"
+
+
+def short_names(names: Sequence[str], most: int = LABEL) -> list[str]:
+    """Names that fit and differ: where two become the same, their positions stand in front."""
+    cut = [short(name, most) for name in names]
+    return [
+        name if cut.count(name) == 1 else short(f"{place}: {names[place]}", most + 4) for place, name in enumerate(cut)
+    ]
+
+
 def make_panels(
     how_many: int, width: float = 3.6, height: float = 3.1, columns: int = 3, **shared: Any
 ) -> tuple[Figure, list[Axes]]:
@@ -56,16 +87,26 @@ def shared_legend(figure: Figure, axes: Axes, how_many: int) -> None:
     """One legend for all panels, below them, as wide as the figure allows; a single run needs none."""
     if how_many > 1:
         handles, labels = axes.get_legend_handles_labels()
-        inches = 0.08 * max(map(len, labels)) + 0.6
-        columns = max(1, min(len(labels), int(figure.get_figwidth() / inches)))
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+        legend_below(figure, handles, labels)
+
+
+def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str], **look: Any) -> None:
+    """A legend below the panels, which keep their size: the figure grows by what does not fit into a row."""
+    inches = 0.085 * max(map(columns_of, labels)) + 0.6
+    columns = max(1, min(len(labels), int(figure.get_figwidth() / inches)))
+    rows = -(-len(labels) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.2 * (rows - 1))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, **look)
 
 
 def mark_classes(axes: Axes, class_counts: Sequence[int], class_names: Sequence[str]) -> None:
     """Names of few classes, or ranks of many with the borders of the shot groups."""
     ranking = class_ranking(class_counts)
     if len(ranking) <= NAMED_CLASSES:
-        axes.set_xticks(range(len(ranking)), [class_names[c] for c in ranking], rotation=45, ha="right")
+        names = short_names(class_names)
+        axes.set_xticks(
+            range(len(ranking)), [names[c] for c in ranking], rotation=45, ha="right", rotation_mode="anchor"
+        )
         axes.set_xlabel("class, from many to few training images")
         return
     axes.set_xlabel("class rank, from many to few training images")
