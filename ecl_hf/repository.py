@@ -213,6 +213,8 @@ def read_experts(
     parts = {f"experts.{k}.": f"experts.{position}." for position, k in enumerate(experts)}
     if config.share_stages:
         parts["trunk."] = "trunk."
+    if config.side_branches:
+        parts |= {f"sides.{k}.": f"sides.{position}." for position, k in enumerate(experts)}
     if isinstance(of_experts(config.aggregation, experts, config.num_experts), dict):
         parts["router."] = "router."
     index = _find(source, SAFE_WEIGHTS_INDEX_NAME, hub)  # without it, one file may hold everything

@@ -36,6 +36,7 @@ def initialise_model(
     model_args, pretrained_cfg, state = _encoder_settings(config)
     num_experts = method.num_experts(config.num_experts)
     stages, blocks = shared_parts(config, method)
+    sides = method.experts.side_branches and stages > 0 and blocks == 0
     head = method.head or HeadKind(config.classifier, config.classifier_scale)
     counts = torch.tensor(class_counts, dtype=torch.float64).clamp_min(1)
     prior = method.logit_prior
@@ -50,6 +51,7 @@ def initialise_model(
             num_experts=num_experts,
             share_stages="all" if config.tune == "head" and num_experts > 1 else stages,
             share_blocks=blocks,
+            side_branches=[1 + k % stages for k in range(num_experts)] if sides else None,
             aggregation=method.aggregation(counts, settings, num_experts) if method.aggregation else "mean",
             classifier=head.kind,
             classifier_scale=head.scale,
@@ -95,6 +97,8 @@ def _check_cut(model: ECLForImageClassification) -> None:
     reason = "they compute something else"
     model.eval()
     try:
+        if model.sides is not None:
+            model(image)
         whole.load_state_dict(model.trunk.backbone.state_dict() | expert.backbone.state_dict())
         same = torch.allclose(whole(image), expert(model.trunk(image))[0], rtol=1e-4, atol=1e-4)
     except Exception as error:  # of timm's code, with parts that it does not expect

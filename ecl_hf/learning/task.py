@@ -119,6 +119,7 @@ class CollaborativeTask(nn.Module):
         super().train(mode)
         if mode and not self.stage.trains.counts_on(self.settings):
             pieces = [piece for expert in self.model.experts for piece in (expert.backbone, expert.head)]
+            pieces += self.model.sides or ()
             for piece in filter(None, [self.model.trunk, *pieces]):
                 if not any(parameter.requires_grad for parameter in piece.parameters()):
                     piece.eval()

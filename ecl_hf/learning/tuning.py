@@ -31,7 +31,7 @@ def parameters_to_tune(task: nn.Module, tune: str) -> Callable[[str], bool]:
     Args:
         task: holds the ensemble as `model`.
         tune: `all`; `norm_bias`: of the encoders, normalisation layers and biases; `lora` or `adapter`: what was added
-            to them; `head`: nothing of the encoders. Classification heads and train-only modules always move.
+            to them; `head`: nothing of the encoders. Heads, side branches and train-only modules always move.
     """
     if tune == "all":
         return lambda _: True
@@ -43,7 +43,12 @@ def parameters_to_tune(task: nn.Module, tune: str) -> Callable[[str], bool]:
         elif tune == "norm_bias":
             own = [f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False)]
             light.update(own if isinstance(module, NORMS) else (name for name in own if name.endswith(".bias")))
-    return lambda name: name in light or not (".backbone." in name or name.startswith("model.trunk."))
+
+    def moves(name: str) -> bool:
+        encoder = ".backbone." in name or name.startswith("model.trunk.")
+        return name in light or name.startswith("model.sides.") or not encoder
+
+    return moves
 
 
 def begin_tuning(model: ECLForImageClassification, config: ModelConfig) -> None:

@@ -363,12 +363,14 @@ class Experts:
         least: how many at least.
         most: how many at most; None for any number.
         shared: `share_stages` and `share_blocks` for an encoder, where the recipe does not give them.
+        side_branches: each has one, from the shared stages in turn, where whole stages are shared.
     """
 
     default: int = 3
     least: int = 1
     most: int | None = None
     shared: Callable[[nn.Module], tuple[int, int]] | None = None
+    side_branches: bool = False
 
 
 @dataclass(frozen=True)

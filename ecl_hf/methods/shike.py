@@ -7,10 +7,13 @@ frozen rest, by balanced cross-entropy. Only the second heads are published.
 As in the code, both divergences are means over images *and classes* (a factor 1/C), summed over experts or ordered
 pairs, and gradient reaches teacher and student. The hard target gives the label the logit 0; the students have -30.
 
-Departures: all experts have the recipe's architecture, whereas the paper's multiply their last map with a shallow
-branch from an earlier one, which differs from expert to expert: without it, no result of this file is a reproduction.
-What the second stage freezes stays as it is; in the code its BatchNorm statistics move on, and with old versions of
-torch also its weights, by momentum and weight decay.
+The experts share all stages but the last, and each multiplies its last map with what a branch of its own makes of a
+shared stage's map: the first expert takes the first stage's, the second the second's, and so on in turn. This is the
+published network for CIFAR but for its shortcuts, which are convolutions there (option B); for other encoders it is a
+reading. Where nothing is shared, as with an encoder that can't be cut, there are no branches.
+
+Departure: what the second stage freezes stays as it is; in the code its BatchNorm statistics move on, and with old
+versions of torch also its weights, by momentum and weight decay.
 
 Published, best test epoch on CIFAR: CIFAR-100-LT, ResNet-32, 200 epochs with AutoAugment and Cutout, imbalance 100/50:
 56.3 / 59.8; ImageNet-LT, ResNet-50 / ResNeXt-50: 59.7 / 59.6; iNaturalist 2018: 75.4; Places-LT: 41.9.
@@ -19,12 +22,13 @@ Published, best test epoch on CIFAR: CIFAR-100-LT, ResNet-32, 200 epochs with Au
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ecl_hf.backbones import stage_names
 from ecl_hf.checks import require
 from ecl_hf.losses import cross_entropies, full_precision, pairwise_kl, sum_over_pairs
-from ecl_hf.methods.base import HEADS, HeadKind, Method, PerImage, Stage, TaskOutputs, Term
+from ecl_hf.methods.base import HEADS, Experts, HeadKind, Method, PerImage, Stage, TaskOutputs, Term
 from ecl_hf.methods.ldam import unit_rows
 from ecl_hf.methods.settings import Settings
 
@@ -42,6 +46,12 @@ class SHIKESettings(Settings):
         super().__post_init__()
         for name in ("hard_negatives", "mutual"):
             require(getattr(self, name) >= 0, f"loss.{name} must not be negative, got {getattr(self, name)}")
+
+
+def all_but_the_last_stage(encoder: nn.Module) -> tuple[int, int]:
+    """Stages that the experts share: 2 of 3 of a CIFAR ResNet, 3 of 4 of others; none elsewhere."""
+    stages = len(stage_names(encoder))
+    return (stages - 1 if stages in (3, 4) and hasattr(encoder, "forward_intermediates") else 0), 0
 
 
 LABEL_LOGIT = -30.0
@@ -111,6 +121,8 @@ HARD_NEGATIVES = Term("hard_negatives", _hard_negatives, "hard_negatives")
 MUTUAL = Term("mutual", _mutual, "mutual")
 BALANCED = Term("supervision", _balanced, two_labels=True)
 
+SIDE_BRANCHES = Experts(shared=all_but_the_last_stage, side_branches=True)
+
 METHODS = {
     "shike": Method(
         (
@@ -119,5 +131,6 @@ METHODS = {
         ),
         SHIKESettings,
         head=HeadKind("cosine", scale=30.0, bias=False),
+        experts=SIDE_BRANCHES,
     )
 }

@@ -7,7 +7,8 @@ right; and all learn how the mean of the experts ranks what it confuses with the
 Readings, for what the description leaves open: teachers carry no gradient; means over the batch; the class accuracies
 are those of the mean logits on the training set in the evaluation view, in moving averages with 0.9 of the old, once an
 epoch; temperature 1; raw logits in both distillations; images whose label has the largest mean logit add nothing to the
-second; the recipe's architecture for all experts. No result of this file is a reproduction of the paper.
+second; the architecture is SHIKE's, which it is said to resemble. No result of this file is a reproduction of the
+paper.
 
 Published: CIFAR-100-LT, imbalance 100: 58.7; ImageNet-LT, ResNet-50 / ResNeXt-50: 61.6 / 63.0; iNaturalist 2018: 76.9;
 Places-LT: 44.2.
@@ -32,6 +33,7 @@ from ecl_hf.losses import (
 from ecl_hf.methods.base import EpochContext, HeadKind, Method, Part, PartsContext, PerImage, Stage, TaskOutputs, Term
 from ecl_hf.methods.ldam import unit_rows
 from ecl_hf.methods.settings import Settings
+from ecl_hf.methods.shike import SIDE_BRANCHES
 
 LABEL_LOGIT = -30.0
 """Logit of the label where the experts learn about the wrong classes alone."""
@@ -156,6 +158,7 @@ METHODS = {
         (Stage((SUPERVISION, KNOWLEDGE, CALIBRATION), heads=unit_rows),),
         TCLSettings,
         head=HeadKind("cosine", scale=30.0, bias=False),
+        experts=SIDE_BRANCHES,
         logit_prior=_carried,
     )
 }

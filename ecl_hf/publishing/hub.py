@@ -188,7 +188,8 @@ def save_timm(model: ECLForImageClassification, expert: int, directory: Path) ->
         directory: where to; it gets `config.json` and `model.safetensors`.
 
     Raises:
-        ValueError: adapters or the classifier have no counterpart in timm: it is not linear, or timm's has two heads.
+        ValueError: adapters, side branches or the classifier have no counterpart in timm: it is not linear, or timm's
+            has two heads.
     """
     chosen, config = model.experts[expert], model.config
     if config.adapter_rank:
@@ -196,6 +197,8 @@ def save_timm(model: ECLForImageClassification, expert: int, directory: Path) ->
             "AdaptFormers have a ReLU between their layers, which merges into no weights: an encoder with them can't "
             "be a plain timm model. Publish it without --timm, or as --onnx; model.tune lora merges"
         )
+    if config.side_branches:
+        raise ValueError("timm's models have no side branches: an expert with one can't be one; --onnx takes it")
     if type(chosen.head) is not ECLHead:
         kind = "layer before its classifier" if config.classifier_neck else f"{config.classifier} classifier"
         raise ValueError(f"timm's models have linear classifiers: an expert with a {kind} can't be one")
