@@ -557,6 +557,8 @@ def test_impossible_counts(counts):
         ({"share_blocks": 2}, "needs share_stages"),
         ({"adapter_rank": -1}, "adapter_rank must lie in 0..4096"),
         ({"adapter_rank": 4097}, "adapter_rank must lie in 0..4096"),
+        ({"attention_map": [7]}, "attention_map must hold two sides in 1..16"),
+        ({"attention_map": [7, 17]}, "attention_map must hold two sides in 1..16"),
         ({"classifier": "mlp"}, "classifier.*'linear', 'cosine'"),
         ({"classifier_scale": 0}, "classifier_scale must be positive"),
         ({"classifier_scale": "16"}, "classifier_scale"),

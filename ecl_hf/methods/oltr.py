@@ -6,18 +6,20 @@ the memory says of it, and measures how far the picture is from all classes (`EC
 Read: zhmiao/OpenLongTailRecognition-OLTR@f50e375 (loss/DiscCentroidsLoss.py, models/MetaEmbeddingClassifier.py,
 models/CosNormClassifier.py, layers/ModulatedAttLayer.py, run_networks.py, config/ImageNet_LT).
 
-Readings: without the modulated attention, which is made for maps of 7 x 7 and changes the encoder; the layer before the
-head is as wide as the features, and all but the layer, the memory and the selector goes on from the first stage.
+Readings: the modulated attention before pooling (`loss.attention`), published for maps of 7 x 7, is made for those of
+the pictures at hand, and off by default: small pictures have none in any published run. The layer before the head is as
+wide as the features, and all but attention, layer, memory and selector goes on from the first stage.
 
 Published: ImageNet-LT 35.6 with ResNet-10; what is quoted for ResNet-50 and iNaturalist 2018 are others' runs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ecl_hf.backbones import add_attention
 from ecl_hf.checks import require
 from ecl_hf.data.samplers import class_aware
 from ecl_hf.heads import ECLMemoryHead, ECLNeckHead
@@ -26,6 +28,7 @@ from ecl_hf.methods.base import EpochContext, HeadContext, Method, Part, PartsCo
 from ecl_hf.methods.decoupling import ONE_LINEAR, class_means
 from ecl_hf.methods.settings import Settings
 from ecl_hf.methods.terms import CROSS_ENTROPY
+from ecl_hf.modeling_ecl import ECLForImageClassification
 
 MARGIN = 10.0
 REPEL = 0.01
@@ -38,6 +41,8 @@ class OLTRSettings(Settings):
 
     centroid_weight: float = 0.01
     """Weight of the discriminative centroids loss."""
+    attention: bool = False
+    """Put the modulated attention before the encoder's pooling in the second stage, as published for ImageNet-LT."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,11 +79,47 @@ def centroid_loss(features: Tensor, labels: Tensor, centroids: Tensor, weight: f
     return weight * (attract + repel) + pull - pull.detach()
 
 
-def with_memory(head: nn.Linear, _: HeadContext) -> ECLNeckHead:
-    """The head of the second stage: a new layer, and a memory whose class probabilities are those of the first head."""
+@torch.no_grad()
+def size_of_map(model: ECLForImageClassification) -> list[int]:
+    """Height and width of what the encoder pools.
+
+    Raises:
+        ValueError: it pools no map before which an attention could stand.
+    """
+    backbone, training = model.experts[0].backbone, model.training
+    require(
+        isinstance(getattr(backbone, "global_pool", None), nn.Module),
+        f"loss.attention: {model.config.architecture}, as it is used here, pools no map by a layer of its own; take a "
+        "ResNet, for instance, and model.tune other than head",
+    )
+    image = torch.zeros(1, *model.config.pretrained_cfg["input_size"], device=next(backbone.parameters()).device)
+    model.eval()
+    maps = backbone.forward_features(image if model.trunk is None else model.trunk(image))
+    model.train(training)
+    return list(maps.shape[-2:])
+
+
+def with_memory(head: nn.Linear, context: HeadContext) -> ECLNeckHead:
+    """The head of the second stage: a new layer, and a memory whose class probabilities are those of the first head.
+
+    The attention, which is new then too, is put into the encoder.
+    """
+    if context.settings.attention:
+        config, backbone = context.model.config, context.model.experts[0].backbone
+        config.attention_map = size_of_map(context.model)
+        add_attention(backbone, *config.attention_map).to(head.weight.device)
     classifier = ECLMemoryHead(head.in_features, head.out_features, scale=16.0)
     classifier.probabilities.load_state_dict(head.state_dict())
     return ECLNeckHead(head.in_features, classifier)
+
+
+class Probe(Part):
+    """Finds out before the first stage whether the encoder can have the attention of the second."""
+
+    def __init__(self, context: PartsContext) -> None:
+        super().__init__()
+        if context.settings.attention:
+            size_of_map(context.model)
 
 
 class Memory(Part):
@@ -115,7 +156,7 @@ CENTROIDS = Term("centroids", _centroids, part=Memory, whole_batch=True)
 METHODS = {
     "oltr": Method(
         (
-            Stage((CROSS_ENTROPY,), "representation", share=1 / 3),
+            Stage((replace(CROSS_ENTROPY, part=Probe),), "representation", share=1 / 3),
             Stage(
                 (CROSS_ENTROPY, CENTROIDS),
                 "memory",

@@ -8,8 +8,11 @@ target_generation.py, cifar_dirty/*, supp_release.pdf. Code and paper differ: th
 by the number of positives, so that its 0.2 is 0.025 at 6 picked keys. The paper's form is the default, the code's a
 setting.
 
-Departures: targets that fit a regular simplex are computed and not searched for; all data sets are trained with a
-queue, where the CIFAR code contrasts batches of 1024; the frozen encoder's BatchNorm is in evaluation mode.
+Departures: targets that fit a regular simplex are computed and not searched for; centroids and assignment move after
+the step, so that a batch meets the assignment of the batches before it (there: its own counts already); all data sets
+are trained with a queue, where the CIFAR code contrasts batches of 1024; the last stage trains the classifier with
+cross-entropy, as published for ImageNet-LT, on CIFAR too, where it is 200 epochs of LDAM-DRW; the frozen encoder's
+BatchNorm is in evaluation mode.
 
 Published top-1: CIFAR-10-LT at imbalance 10/50/100 88.7/82.9/79.7, CIFAR-100-LT 59.0/47.4/43.8 (1000 epochs, then 200
 of LDAM-DRW); ImageNet-LT 52.4 (KCL 51.5), iNaturalist 2018 69.7 (ResNet-50, 400 epochs, then 40 of the classifier).
@@ -171,7 +174,7 @@ def targeted_contrast(
 
 @dataclass(kw_only=True)
 class TSCSettings(KCLSettings):
-    """Of targeted supervised contrast; the defaults are those for ImageNet-LT."""
+    """Of targeted supervised contrast; the defaults are those for ImageNet-LT, but for the classifier's rate."""
 
     target_weight: float = 0.2
     """Weight of the target among the positives."""

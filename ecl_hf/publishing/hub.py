@@ -188,8 +188,8 @@ def save_timm(model: ECLForImageClassification, expert: int, directory: Path) ->
         directory: where to; it gets `config.json` and `model.safetensors`.
 
     Raises:
-        ValueError: adapters, side branches or the classifier have no counterpart in timm: it is not linear, or timm's
-            has two heads.
+        ValueError: adapters, side branches, attention or the classifier have no counterpart in timm: it is not linear,
+            or timm's has two heads.
     """
     chosen, config = model.experts[expert], model.config
     if config.adapter_rank:
@@ -199,6 +199,10 @@ def save_timm(model: ECLForImageClassification, expert: int, directory: Path) ->
         )
     if config.side_branches:
         raise ValueError("timm's models have no side branches: an expert with one can't be one; --onnx takes it")
+    if config.attention_map:
+        raise ValueError(
+            "timm's models have no attention before their pooling: an expert with one can't be one; --onnx takes it"
+        )
     if type(chosen.head) is not ECLHead:
         kind = "layer before its classifier" if config.classifier_neck else f"{config.classifier} classifier"
         raise ValueError(f"timm's models have linear classifiers: an expert with a {kind} can't be one")

@@ -6,9 +6,14 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from ecl_hf import ECLConfig, ECLForImageClassification, losses
+from ecl_hf.backbones import ModulatedAttention
 from ecl_hf.heads import ECLMemoryHead
+from ecl_hf.learning.stages import begin_heads
+from ecl_hf.learning.task import CollaborativeTask
+from ecl_hf.methods import METHODS
 from ecl_hf.methods.base import EpochContext, HeadContext, PartsContext, Time
 from ecl_hf.methods.oltr import Memory, OLTRSettings, centroid_loss, with_memory
+from ecl_hf.publishing.hub import save_timm
 from tests.methods.comparing import agrees, tensors
 
 
@@ -101,3 +106,57 @@ def test_the_memory_begins_with_the_class_means_behind_the_new_layer():
     features = features + 1
     part.before_epoch(context(1))  # afterwards only the loss moves them
     assert torch.equal(head.classifier.memory, before)
+
+
+def test_published_attention(values):
+    attention = ModulatedAttention(4, 7, 7).double()
+    names = {name: name.replace(".", "_") for name in attention.state_dict()}
+    attention.load_state_dict({name: values[f"att_{key}"] for name, key in names.items()})
+    assert_close(attention(values["att_input"]), values["att_output"])
+    places = attention.fc_spatial(values["att_input"].flatten(1)).softmax(-1)
+    assert_close(places.unflatten(-1, (7, 7)), values["att_spatial"])
+
+
+@pytest.fixture
+def attentive():
+    """A model as the second stage begins with it, and its logits at the end of the first one."""
+    torch.manual_seed(0)
+    config = ECLConfig(architecture="resnet20_cifar", num_experts=1, class_counts=[4, 2, 1])
+    config.pretrained_cfg = {"input_size": [3, 16, 24], "mean": [0.5] * 3, "std": [0.5] * 3}
+    model = ECLForImageClassification(config).eval()
+    pictures = torch.randn(2, 3, 16, 24)
+    before = model(pictures, output_features=True).features
+    begin_heads(model, METHODS["oltr"].stages[1], OLTRSettings(attention=True))
+    return model, pictures, before
+
+
+def test_attention_begins_as_an_identity_and_is_published(attentive, tmp_path):
+    model, pictures, before = attentive
+    assert model.config.attention_map == [4, 6]
+    assert_close(model(pictures, output_features=True).features, before)
+    torch.nn.init.normal_(model.experts[0].backbone.global_pool[0].conv_mask.weight)
+    out = model(pictures, output_features=True)
+    assert not torch.allclose(out.features, before, atol=1e-3)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(ECLForImageClassification.from_pretrained(tmp_path)(pictures).logits, out.logits)
+    with pytest.raises(ValueError, match="attention is made for maps of"):
+        model(torch.randn(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="no attention before their pooling"):
+        save_timm(model, 0, tmp_path / "timm")
+
+
+def test_attention_moves_as_the_encoder_does(attentive):
+    model, pictures, _ = attentive
+    task = CollaborativeTask(model, METHODS["oltr"], OLTRSettings(attention=True), stage=1).train()
+    task(pictures, torch.tensor([0, 2]))["loss"].backward()
+    name = "model.experts.0.backbone.global_pool.0.conv_mask.weight"
+    assert dict(task.named_parameters())[name].grad.abs().sum() > 0
+    assert METHODS["oltr"].stages[1].lr_factor(name, None, model) == 0.1
+
+
+@pytest.mark.parametrize("architecture", ["test_vit", "test_convnext"])
+def test_encoders_that_can_have_no_attention_are_refused_before_the_first_stage(architecture):
+    config = ECLConfig(architecture=architecture, num_experts=1, class_counts=[4, 2, 1])
+    model = ECLForImageClassification(config)
+    with pytest.raises(ValueError, match=f"loss.attention: {architecture}.* pools no map"):
+        CollaborativeTask(model, METHODS["oltr"], OLTRSettings(attention=True))
