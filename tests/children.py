@@ -78,18 +78,27 @@ class Child:
 
 
 def start(
-    folder: Path, *flags: str, fault: Callable[[], None] | None = None, log: Path | None = None, **environment: str
+    folder: Path,
+    *flags: str,
+    fault: Callable[[], None] | None = None,
+    log: Path | None = None,
+    tiny: Sequence[str] = TINY,
+    **environment: str,
 ) -> Child:
-    """Begin a training in a process of its own."""
+    """Begin a training in a process of its own; `tiny` are the flags before the others."""
     log = log or folder.with_name(f"{folder.name}_{environment.get('RANK', 0)}.log")
-    arguments = ([*TINY, f"--output_dir={folder}", *flags], log, environment, fault)
+    arguments = ([*tiny, f"--output_dir={folder}", *flags], log, environment, fault)
     process = context.Process(target=run, args=arguments)
     process.start()
     return Child(process, log)
 
 
 def start_connected(
-    processes: int, folder: Path, *flags: str, faults: Mapping[int, Callable[[], None]] | None = None
+    processes: int,
+    folder: Path,
+    *flags: str,
+    faults: Mapping[int, Callable[[], None]] | None = None,
+    tiny: Sequence[str] = TINY,
 ) -> list[Child]:
     """Begin processes that train together; `faults` by their ranks."""
     with socket.socket() as free:
@@ -98,6 +107,6 @@ def start_connected(
     common = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
     common |= {"MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
     return [
-        start(folder, *flags, fault=(faults or {}).get(rank), RANK=str(rank), LOCAL_RANK=str(rank), **common)
+        start(folder, *flags, fault=(faults or {}).get(rank), tiny=tiny, RANK=str(rank), LOCAL_RANK=str(rank), **common)
         for rank in range(processes)
     ]

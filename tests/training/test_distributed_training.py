@@ -14,8 +14,10 @@ import train
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
+from ecl_hf.learning.stages import check_stages
 from ecl_hf.learning.task import CollaborativeTask
-from tests.children import start, start_connected
+from ecl_hf.methods import METHODS
+from tests.children import TINY, start, start_connected
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parents[2] / "training" / "train.py"
@@ -78,6 +80,45 @@ def test_two_processes_equal_one(flags, accumulation, tmp_path):
     lines = [json.loads((tmp_path / n / "metrics.jsonl").read_text().splitlines()[-1]) for n in ("1", "2")]
     for name in ("loss", "supervision", "reference", "logit", "feature", "contrastive"):
         assert lines[0][name] == pytest.approx(lines[1][name], rel=1e-5)
+
+
+LAYERNORM = ["--model.architecture=test_vit", "--model.image_size=32", "--model.num_experts=1"]
+TSC = ["--loss.queue_size=40", "--loss.projection_dim=10", "--loss.classifier_lr=1"]
+
+
+@pytest.mark.parametrize(
+    ("method", "flags", "equal"),
+    [
+        ("tsc", [*LAYERNORM, *TSC, "--loss.positives=0"], True),
+        ("hybrid_psc", LAYERNORM, True),
+        ("cam", ["--model.num_experts=1"], False),
+    ],
+)
+def test_methods_with_parts_of_their_own_train_in_two_processes(method, flags, equal, tmp_path):
+    """They go through all their stages; where no process draws numbers of its own, with the weights of one process.
+
+    TSC moves centroids and targets after each step by the sums of all processes, and takes all positives here, since
+    each process draws its own. CAM draws which pictures it makes, and its encoder has BatchNorm, as those with feature
+    maps do.
+    """
+    stages = len(METHODS[method].stages)
+    tiny = [flag for flag in TINY if not flag.startswith("--loss")]
+    flags = [f"--method={method}", f"--epochs={stages}", "--data.max_count=12", "--data.imbalance_factor=3", *flags]
+    two = start_connected(2, tmp_path / "2", *flags, tiny=tiny)
+    one = [start(tmp_path / "1", *flags, tiny=tiny)] if equal else []
+    children = [*one, *two]
+    assert [child.wait() for child in children] == [0] * len(children), [child.said for child in children]
+    results = json.loads((tmp_path / "2" / "results.json").read_text())
+    assert results["steps"] == stages * (sum(results["class_counts"]) // 16)
+    if equal:
+        torch.testing.assert_close(checkpoint(tmp_path / "1"), checkpoint(tmp_path / "2"), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["paco", "bcl", "hybrid_sc"])
+def test_contrast_within_the_batch_is_refused_in_two_processes(method):
+    """Each picture has the whole batch's as candidates, of which a process sees its own alone."""
+    with pytest.raises(ValueError, match="needs the batch in one piece: one process"):
+        check_stages(METHODS[method], streaming=False, pieces=2, teacher=None, name=method)
 
 
 def compare_queues() -> None:

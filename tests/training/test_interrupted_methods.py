@@ -42,6 +42,7 @@ TSC = ("--loss.queue_size=40", "--loss.projection_dim=4", "--loss.target_steps=5
     [
         ("cam", (9,), ("--stage_epochs=[1,1,1]", "--epochs=3")),  # the network that makes pictures
         ("tsc", (9, 12), ("--stage_epochs=[1,1,1]", "--epochs=3", *TSC)),  # queue, centroids and assignment
+        ("oltr", (9,), ("--epochs=3", "--loss.attention=true")),  # memory, and attention in the encoder
         ("m2m", (27,), ("--epochs=5", "--loss.beta=0", "--loss.confidence=0")),  # within the epoch that translates
     ],
 )
