@@ -1,7 +1,7 @@
 """Publish a trained model: as a Hub repository with its card, a plain timm model, an ONNX file, or a page to try it.
 
 python training/export.py --run runs/c100 --output out                        # the ensemble, ready for the Hub
-python training/export.py --run runs/c100 --push --repo_id me/ecl-c100        # the same, uploaded
+python training/export.py --run runs/c100 --push --repo_id me/ecl-c100        # the same, uploaded; --examples a.jpg
 python training/export.py --run runs/c100 --output out --timm                 # the best expert, for timm alone
 python training/export.py --run runs/c100 --output out --onnx --expert 1      # one expert, for ONNX Runtime
 python training/export.py --run runs/c100 --space demo --examples a.jpg       # a page to try it: python demo/app.py
@@ -23,7 +23,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.publishing.hub import best_expert, save_onnx, save_timm, write_card
-from ecl_hf.publishing.space import upload_space, write_space
+from ecl_hf.publishing.space import copy_examples, upload_space, write_space
 from ecl_hf.repository import upload_directory
 from ecl_hf.runs.folder import RunFolder
 
@@ -43,7 +43,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         "--expert", type=int | None, help="Position of one expert; for --timm the best recorded one when not given"
     )
     parser.add_argument("--space", type=Path | None, help="Directory to write a Space into: a page to try the model")
-    parser.add_argument("--examples", type=Path, nargs="*", default=[], help="Pictures that the Space shows everybody")
+    parser.add_argument("--examples", type=Path, nargs="*", default=[], help="Pictures that the page shows everybody")
     parser.add_argument("--push", action="store_true", help="Upload to --repo_id")
     parser.add_argument("--repo_id", type=str | None, help="Hub repository, as in me/name; the card names it")
     parser.add_argument("--private", action="store_true", help="Make a new repository private")
@@ -54,8 +54,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         parser.error("give either --run or --model")
     if args.space is not None and (args.output or args.timm or args.onnx):
         parser.error("--space names the directory to write, and goes with none of --output, --timm and --onnx")
-    if args.examples and args.space is None:
-        parser.error("--examples goes with --space")
+    if args.examples and args.onnx:
+        parser.error("--examples goes with a model or a Space, which have a page; not with --onnx")
     args.output = args.output or args.space
     if args.output is None and not args.push:
         parser.error("give --output, --push or both")
@@ -101,6 +101,8 @@ def export(args: Namespace, results: dict[str, Any] | None, directory: Path) -> 
         write_space(directory, model, (args.repo_id or args.space.name).split("/")[-1], args.examples)
         return f"{which} of {source} with a page; python {args.space / 'app.py'} shows it (pip install 'ecl-hf[space]')"
     card = {"repo_id": args.repo_id, "dataset": args.dataset, "license": args.license, "expert": expert}
+    if args.examples:
+        card["examples"] = copy_examples(directory, args.examples)
     template = CARDS / ("timm_card.md" if args.timm else "model_card.md")
     try:
         write_card(directory, template, model.config, results, **card)

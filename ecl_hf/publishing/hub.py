@@ -3,8 +3,9 @@
 import importlib.util
 import json
 import os
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +14,14 @@ from typing import Any
 import timm
 import torch
 import yaml
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+)
 from torch import Tensor, nn
 
 from ecl_hf.configuration_ecl import ECLConfig
@@ -24,14 +32,28 @@ from ecl_hf.names import in_markdown, printable
 from ecl_hf.repository import explain_hub_errors, upload_directory
 
 METRICS = {
-    "top1": ("accuracy", "Top-1 accuracy"),
     "balanced": ("balanced_accuracy", "Balanced accuracy, the mean of the classes' accuracies"),
+    "top1": ("accuracy", "Top-1 accuracy"),
     "macro_f1": ("f1", "Macro F1, the mean of the classes' F1"),
     "many": ("accuracy", "Accuracy, classes with more than 100 training images"),
     "medium": ("accuracy", "Accuracy, classes with 20 to 100 training images"),
     "few": ("accuracy", "Accuracy, classes with fewer than 20 training images"),
     "ece": ("expected_calibration_error", "Expected calibration error, 15 bins"),
 }
+
+
+LEADERBOARD = ("balanced", "top1", "macro_f1")
+"""Scores that also go into `.eval_results/`."""
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def hub_dataset(results: dict[str, Any] | None, dataset: str | None) -> str | None:
+    """Hub repository of the training data: the one that was named, or the recipe's if no local copy was read."""
+    if dataset is None and results and not results["recipe"]["data"]["path"]:
+        source = results["recipe"]["data"]["source"]
+        return source if "/" in source else None
+    return dataset
 
 
 def best_expert(results: dict[str, Any] | None) -> int | None:
@@ -82,6 +104,30 @@ def _eval_results(results: dict[str, Any], dataset: str | None, expert: int | No
     ]
 
 
+def evaluation_entries(results: dict[str, Any], dataset: str, expert: int | None) -> list[dict[str, Any]]:
+    """The same scores as entries of a file in `.eval_results/`, from which the Hub makes its leaderboards.
+
+    A score appears on the leaderboard of the data set if that defines a task of the metric's name.
+
+    Args:
+        results: content of `results.json`.
+        dataset: Hub repository of the data set.
+        expert: position of the one expert that was scored; None for the ensemble.
+    """
+    data, experts = results["recipe"]["data"], len(results["test"]["plain"]["experts"])
+    which = f"expert {expert}" if expert is not None else f"{experts} experts" if experts > 1 else "one network"
+    profile = data["profile"]
+    if profile != "as_is":
+        profile += f", imbalance factor {data['imbalance_factor']:g}, split seed {data['split_seed']}"
+    notes = f"{which}, no test-time flip; trained on a long-tailed part ({profile}), tested on {data['test_split']}"
+    entries = [
+        EvalResultEntry(dataset, result.metric_type, result.metric_value, notes=notes)
+        for result in _eval_results(results, dataset, expert)
+        if result.metric_name in (METRICS[key][1] for key in LEADERBOARD)
+    ]
+    return eval_result_entries_to_yaml(entries)
+
+
 def _rows(results: dict[str, Any]) -> list[dict[str, str]]:
     """The table of scores: ensemble and experts, without flip and with it (unless mirroring changes the class)."""
     kinds = ["plain", "flip"] if results["recipe"]["data"]["horizontal_flip"] else ["plain"]
@@ -106,6 +152,7 @@ def model_card(
     license: str | None = None,
     plot: str | None = None,
     expert: int | None = None,
+    examples: Sequence[str] = (),
 ) -> ModelCard:
     """Fill a template of `hub_cards/` with what the configuration and the results file say, and nothing else.
 
@@ -118,14 +165,15 @@ def model_card(
         license: Hub identifier of the model's licence.
         plot: file name of the picture of the class counts, beside the card.
         expert: position of the one expert that the repository holds; None for the ensemble.
+        examples: pictures in the repository, which its page offers to try.
     """
     recipe = results["recipe"] if results else None
-    if dataset is None and recipe and not recipe["data"]["path"] and "/" in recipe["data"]["source"]:
-        dataset = recipe["data"]["source"]
+    dataset = hub_dataset(results, dataset)
     pretrained = recipe["model"]["pretrained"] if recipe else False
     base_model = timm.get_pretrained_cfg(config.architecture).hf_hub_id if pretrained is True else None
     if isinstance(pretrained, str) and Path(pretrained).suffix not in (".safetensors", ".bin", ".pth", ".pt"):
-        base_model = pretrained.removeprefix("hf-hub:")
+        name = pretrained.removeprefix("hf-hub:")
+        base_model = name if HUB_ID.fullmatch(name) else None  # else a directory of this machine
     metadata = ModelCardData(
         model_name=(repo_id or "ecl").split("/")[-1],
         license=license,
@@ -134,8 +182,9 @@ def model_card(
         tags=["ecl", "long-tailed", "class-imbalance", "timm"],
         datasets=[dataset] if dataset else None,
         base_model=base_model,
-        metrics=["accuracy"] if results else None,
+        metrics=["balanced_accuracy", "accuracy"] if results else None,
         eval_results=_eval_results(results, dataset, expert) if results else None,
+        widget=[{"src": src, "example_title": f"Example {n}"} for n, src in enumerate(examples, 1)] or None,
     )
     counts = config.class_counts
     names = [_cell(config.id2label[c]) for c in range(config.num_labels)]
@@ -166,15 +215,23 @@ def model_card(
 def write_card(
     directory: Path, template: Path, config: ECLConfig, results: dict[str, Any] | None, **kwargs: Any
 ) -> None:
-    """Write `README.md` (see `model_card`) and, if matplotlib is installed, a picture of the class counts."""
+    """Write `README.md` (see `model_card`), what leaderboards read, and with matplotlib a picture of class counts."""
     plot = None
     if config.class_counts and kwargs.get("expert") is None and importlib.util.find_spec("matplotlib"):
         from ecl_hf.evidence.plots import plot_class_histogram
+        from ecl_hf.evidence.plots.fonts import drawable, fonts_for
 
         plot = "class_counts.png"
-        names = [config.id2label[c] for c in range(config.num_labels)]
-        plot_class_histogram(config.class_counts, [printable(n, 30) for n in names]).savefig(directory / plot, dpi=150)
+        names = [printable(config.id2label[c]) for c in range(config.num_labels)]
+        with fonts_for(names) as lost:
+            plot_class_histogram(config.class_counts, drawable(names, lost)).savefig(directory / plot, dpi=150)
     model_card(template, config, results, plot=plot, **kwargs).save(directory / "README.md")
+    dataset = hub_dataset(results, kwargs.get("dataset"))
+    if results and dataset and HUB_ID.fullmatch(dataset):
+        entries = evaluation_entries(results, dataset, kwargs.get("expert"))
+        folder = directory / ".eval_results"
+        folder.mkdir()
+        (folder / f"{dataset.split('/')[1]}.yaml").write_text(yaml.safe_dump(entries, sort_keys=False))
 
 
 def save_timm(model: ECLForImageClassification, expert: int, directory: Path) -> None:

@@ -140,7 +140,8 @@ def build_app(folder: Path) -> "gradio.Blocks":
     classes = len(classifier.names)
     with gr.Blocks(title="Long-tailed image classification") as app:
         gr.Markdown(
-            f"# Long-tailed image classification\n\nOne of {classes} classes, whatever its number of pictures was."
+            f"# Long-tailed image classification\n\nShow the model a picture. It chooses among {classes} classes, and "
+            "was trained to recognise the rare ones as well as the common ones."
         )
         with gr.Row():
             with gr.Column():
@@ -188,14 +189,26 @@ def write_space(folder: Path, model: ECLForImageClassification, title: str, exam
     card = template.render(title=title, classes=config.num_labels, most=max(counts), fewest=min(counts))
     (folder / "README.md").write_text(card)
     model.save_pretrained(folder / "model")
+    copy_examples(folder, examples)
+
+
+def copy_examples(folder: Path, files: Sequence[Path]) -> list[str]:
+    """Copy pictures into `examples/` of a folder, without their names; returns their new paths in the folder.
+
+    Raises:
+        ValueError: a picture can't be read; the message names it.
+    """
     (folder / "examples").mkdir()
-    for number, file in enumerate(examples):
+    copies = []
+    for number, file in enumerate(files):
         try:
             with Image.open(file) as picture:
                 picture.load()
         except OSError as error:
             raise ValueError(f"example {file} is no picture that can be read: {error}") from error
-        shutil.copyfile(file, folder / "examples" / f"{number}{file.suffix.lower()}")
+        copies.append(f"examples/{number}{file.suffix.lower()}")
+        shutil.copyfile(file, folder / copies[-1])
+    return copies
 
 
 def upload_space(directory: Path, repo_id: str, *, private: bool | None = None) -> CommitInfo:

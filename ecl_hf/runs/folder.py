@@ -422,7 +422,8 @@ class RunFolder:
         add_card(partial)
         with writing(partial):
             model.save_pretrained(partial)
-        write_checksums(partial, [file for file in partial.iterdir() if file.suffix not in (".md", ".png")])
+        sealed = [file for file in partial.iterdir() if file.is_file() and file.suffix not in (".md", ".png")]
+        write_checksums(partial, sealed)
         synchronise_folder(partial)
         discard(self.model)
         partial.rename(self.model)

@@ -13,7 +13,7 @@ import timm
 import torch
 import train
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
 
@@ -114,15 +114,55 @@ def test_every_number_of_the_card_is_in_the_results(run, tmp_path):
     assert {name.split(",")[0] for name in recorded} == kinds
     assert sorted(recorded.values()) == [0.07, 0.39, 0.4375, 0.44, 0.52, 0.81]  # no entry for the empty group
     assert all(result.dataset_type == "uoft-cs/cifar10" for result in card.data.eval_results)
-    assert "| ensemble | no | 43.8 | 44.0 | 39.0 | 81.0 | 52.0 | none | 7.0 |" in card.text
-    assert "| ensemble | yes | 45.2 | 44.0 | 39.0 | 81.0 | 52.0 | none | 7.0 |" in card.text
-    assert "| expert 1 | no | 41.0 | 44.0 | 39.0 | 81.0 | 52.0 | 12.5 | 7.0 |" in card.text
+    assert "| ensemble | no | 44.0 | 43.8 | 39.0 | 81.0 | 52.0 | none | 7.0 |" in card.text
+    assert "| ensemble | yes | 44.0 | 45.2 | 39.0 | 81.0 | 52.0 | none | 7.0 |" in card.text
+    assert "| expert 1 | no | 44.0 | 41.0 | 39.0 | 81.0 | 52.0 | 12.5 | 7.0 |" in card.text
     assert "| red fox | 300 |" in card.text
     assert "many): 1; 20 to 100 (medium): 1; fewer (few): 2" in card.text
     assert card.text.count("me/foxes") >= 4
     assert "experts=[1]" in card.text
     assert "target_prior" in card.text
     assert "@article" in card.text
+    [file] = (tmp_path / "out" / ".eval_results").iterdir()
+    assert file.name == "cifar10.yaml"
+    entries = parse_eval_result_entries(yaml.safe_load(file.read_text()))
+    assert [(entry.dataset_id, entry.task_id, entry.value) for entry in entries] == [
+        ("uoft-cs/cifar10", "balanced_accuracy", 0.44),
+        ("uoft-cs/cifar10", "accuracy", 0.4375),
+        ("uoft-cs/cifar10", "f1", 0.39),
+    ]
+    assert entries[0].notes.startswith("3 experts, no test-time flip; trained on a long-tailed part (exponential")
+
+
+def test_example_pictures_are_published_without_their_names_and_offered(run, tmp_path):
+    secret = tmp_path / "patient 12.png"
+    Image.new("RGB", (9, 9), "green").save(secret)
+    export.main(["--run", str(run.path), "--output", str(tmp_path / "out"), "--examples", str(secret)])
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.to_dict()["widget"] == [{"src": "examples/0.png", "example_title": "Example 1"}]
+    assert (tmp_path / "out" / "examples" / "0.png").read_bytes() == secret.read_bytes()
+    assert "patient" not in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "base"),
+    [
+        (False, None),
+        (True, "timm/resnet50.a1_in1k"),
+        ("hf-hub:me/encoder", "me/encoder"),
+        ("/home/me/weights", None),
+        ("weights.bin", None),
+    ],
+)
+def test_base_model_is_a_hub_repository_or_none(pretrained, base):
+    told = results(1)
+    told["recipe"]["model"]["pretrained"] = pretrained
+    config = ECLConfig(architecture="resnet50", class_counts=COUNTS, id2label=dict(enumerate("abcd")))
+    config.pretrained_cfg = {"input_size": [3, 32, 32]}
+    card = model_card(ROOT / "hub_cards" / "model_card.md", config, told)
+    assert card.data.base_model == base
+    assert card.data.metrics == ["balanced_accuracy", "accuracy"]
+    assert card.data.eval_results[0].metric_type == "balanced_accuracy"
 
 
 def test_card_says_what_was_not_measured(run):
