@@ -30,6 +30,13 @@ def _shown(character: str) -> str:
     return REPLACEMENT if hidden and character not in JOINERS else character
 
 
+def visible(text: str) -> str:
+    """A text of several lines in which names may stand, as it is but for characters that do something."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(character if character in "\n\t" else _shown(character) for character in text)
+
+
 def readable(text: str, most: int = 4000) -> str:
     """A message of several lines in which names may stand: each line is `printable`, but as long as it is."""
     lines = [printable(line, most) if line.strip() else "" for line in text.split("\n")]

@@ -1,11 +1,37 @@
-"""What scripts say: one sentence about input that does not fit; output that can't be written ends no training."""
+"""What scripts say: it does nothing to a terminal, and output that can't be written ends no training."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
-from ecl_hf.names import readable
+from ecl_hf.names import readable, visible
+
+UP = "\x1b[A"
+"""Moves the cursor up a line, as progress bars do that stand above each other."""
+
+
+@contextlib.contextmanager
+def speaking() -> Iterator[None]:
+    """Around a script's `main`: what it prints is `visible`, and goes on when nobody can take it.
+
+    A reader that has gone (`| head`) is no error. Where the disk is full, say, the script comes to its end, and then
+    says that not all of its output was written.
+    """
+    out, err = LastingStream(sys.stdout), LastingStream(sys.stderr, bars=True)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            end.code = readable(end.code)
+        raise
+    finally:
+        out.settle()
+        err.settle()
+    if out.error and not isinstance(out.error, BrokenPipeError):
+        sys.exit(f"error: not all output could be written: {out.error}; the files that were written are whole")
 
 
 @contextlib.contextmanager
@@ -14,31 +40,60 @@ def refusing(advice: str = "") -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {readable(str(error))}{advice}")
+        sys.exit(f"error: {error}{advice}")
 
 
 class LastingStream:
-    """A stream that goes on when its reader is gone or its disk is full: from then on, nothing is written."""
+    """A stream whose writing never fails; what has no place in it is left out.
 
-    def __init__(self, stream: TextIO) -> None:
+    Args:
+        stream: to write to; None, as for a program without a terminal, takes nothing.
+        bars: whether progress bars are drawn on it.
+    """
+
+    def __init__(self, stream: TextIO | None, bars: bool = False) -> None:
         self.stream = stream
-        self.broken = False
+        self.bars = bars
+        self.error: OSError | ValueError | None = None
+        """Why something could not be written; None if all was."""
 
     def write(self, text: str) -> int:
-        """Write, if that is possible."""
-        return self._try(self.stream.write, text) or len(text)
+        """Write what is `visible` of a text, if that is possible; an encoding without a character gets `?`."""
+        if not (self.bars and not text.replace(UP, "").strip("\n")):
+            start = "\r" if self.bars and text.startswith("\r") else ""
+            text = start + visible(text.removeprefix(start))
+        if self.stream is not None:
+            self._try(self._write, text)
+        return len(text)
+
+    def _write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+        except UnicodeEncodeError:
+            encoding = self.stream.encoding
+            self.stream.write(text.encode(encoding, "replace").decode(encoding))
 
     def flush(self) -> None:
         """Bring what was written to its place, if that is possible."""
-        self._try(self.stream.flush)
+        if self.stream is not None:
+            self._try(self.stream.flush)
 
-    def _try(self, action: Callable[..., Any], *arguments: Any) -> Any:
-        if not self.broken:
-            try:
-                return action(*arguments)
-            except (OSError, ValueError):  # a closed file
-                self.broken = True
-        return None
+    def settle(self) -> None:
+        """Flush for the last time; what has no place is thrown away, or the interpreter would fail at its own end."""
+        failed, self.error = self.error, None
+        self.flush()
+        if self.error:
+            with contextlib.suppress(OSError, ValueError):  # not a file, or closed
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.stream.fileno())
+                os.close(nowhere)
+        self.error = failed or self.error
+
+    def _try(self, action: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            action(*arguments)
+        except (OSError, ValueError) as error:  # ValueError: of a closed file
+            self.error = self.error or error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)

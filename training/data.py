@@ -34,6 +34,7 @@ from ecl_hf.evidence.metrics import shot_groups
 from ecl_hf.repository import explain_hub_errors
 from ecl_hf.runs.recipe import Recipe, prepare_flags
 from ecl_hf.runs.recipe_files import RecipeFile
+from ecl_hf.terminal import speaking
 
 CARD = Path(str(files("ecl_hf.hub_cards") / "dataset_card.md"))
 
@@ -195,6 +196,7 @@ def dataset_card(split: Split, args: Namespace, metadata: datasets.DatasetInfo) 
     )
 
 
+@speaking()
 def main(argv: Sequence[str] | None = None) -> Split | str | None:
     """Do what the subcommand says; returns the split that was built, or the address of what was published."""
     args, config = parse(argv)

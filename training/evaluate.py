@@ -52,6 +52,7 @@ from ecl_hf.methods.ecl import BALANCED, BALANCED_DETACHED, INVERTED, SHUFFLED
 from ecl_hf.names import printable
 from ecl_hf.runs.folder import RunFolder, describe_environment, describe_model, write_atomically
 from ecl_hf.runs.recipe import Recipe
+from ecl_hf.terminal import speaking
 
 TAUS = tuple(round(-1 + 0.1 * step, 1) for step in range(31))
 MAGNITUDES = tuple(round(-1 + 0.1 * step, 1) for step in range(21))
@@ -243,6 +244,7 @@ def write(output: Path, old: dict[str, Any], results: dict[str, Any], arrays: di
     write_atomically(output, json.dumps(results, indent=1) + "\n")
 
 
+@speaking()
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Print, write and return the scores of the ensemble and of each expert, without and with flip."""
     args = parse(argv)

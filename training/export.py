@@ -26,6 +26,7 @@ from ecl_hf.publishing.hub import best_expert, save_onnx, save_timm, write_card
 from ecl_hf.publishing.space import copy_examples, upload_space, write_space
 from ecl_hf.repository import upload_directory
 from ecl_hf.runs.folder import RunFolder
+from ecl_hf.terminal import speaking
 
 CARDS = Path(str(files("ecl_hf.hub_cards")))
 
@@ -116,6 +117,7 @@ def export(args: Namespace, results: dict[str, Any] | None, directory: Path) -> 
     return f"{which} of {source} with card"
 
 
+@speaking()
 def main(argv: Sequence[str] | None = None) -> Path | None:
     """Write and upload what was asked for; returns the output directory if there is one."""
     args = parse(argv)

@@ -33,6 +33,7 @@ from ecl_hf.evidence.plots.fonts import drawable, fonts_for
 from ecl_hf.evidence.plots.style import short_names
 from ecl_hf.names import printable
 from ecl_hf.runs.folder import RunFolder, write_atomically
+from ecl_hf.terminal import speaking
 
 EVALUATE = Path(__file__).with_name("evaluate.py")
 TEMPLATE = Path(__file__).with_name("report_template.html")
@@ -325,6 +326,7 @@ def save(name: str, figure: Figure, output: Path) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+@speaking()
 def main(argv: Sequence[str] | None = None) -> Path:
     """Draw, and return the path of the report."""
     parser = ArgumentParser(prog="figures.py", description=__doc__.split("\n")[0])

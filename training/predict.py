@@ -31,7 +31,7 @@ from ecl_hf.names import printable
 from ecl_hf.pipeline import ECLImageClassificationPipeline
 from ecl_hf.runs.folder import RunFolder, write_atomically
 from ecl_hf.runs.recipe import Recipe
-from ecl_hf.terminal import refusing
+from ecl_hf.terminal import refusing, speaking
 
 BATCH = 32
 Answer = list[dict[str, str | float]]
@@ -102,6 +102,7 @@ def test_pictures(run: RunFolder, how_many: int) -> list[tuple[str, Image.Image]
     ]
 
 
+@speaking()
 def main(argv: Sequence[str] | None = None) -> list[list[dict[str, str | float]]]:
     """Print and return the best classes of each picture with their probabilities."""
     parser = ArgumentParser(prog="predict.py", description=__doc__.split("\n")[0])

@@ -38,6 +38,7 @@ from ecl_hf.runs.folder import RunFolder, write_atomically
 from ecl_hf.runs.interruption import STOPPED, StopRequest
 from ecl_hf.runs.recipe import Recipe, prepare_flags
 from ecl_hf.runs.recipe_files import RecipeFile, find_recipe
+from ecl_hf.terminal import speaking
 
 TRAIN = Path(__file__).with_name("train.py")
 PUBLISHED = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
@@ -535,6 +536,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     return args
 
 
+@speaking()
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Run what is missing, render what is there; returns the Markdown files."""
     args = parse(argv)

@@ -47,6 +47,7 @@ from ecl_hf.runs.interruption import STOPPED, StopRequest, plain_errors
 from ecl_hf.runs.recipe import Recipe, prepare_flags
 from ecl_hf.runs.recipe_files import RecipeFile
 from ecl_hf.session import Session, or_exit, refusing
+from ecl_hf.terminal import speaking
 
 
 def parse(argv: Sequence[str] | None) -> tuple[Recipe, Namespace]:
@@ -83,6 +84,7 @@ def in_steps(batches: Iterable[dict], size: int) -> Iterator[list[dict]]:
         yield step
 
 
+@speaking()
 def main(argv: Sequence[str] | None = None) -> Path:
     """Train a method's stages, evaluate the last epoch and write the run folder, whose path is returned."""
     return run_recipe(*parse(argv))

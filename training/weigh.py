@@ -29,7 +29,7 @@ from ecl_hf.data.views import agreement_view
 from ecl_hf.evidence.weighing import stable_weights
 from ecl_hf.runs.folder import RunFolder
 from ecl_hf.runs.recipe import Recipe
-from ecl_hf.terminal import refusing
+from ecl_hf.terminal import refusing, speaking
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
@@ -108,6 +108,7 @@ class Views:
                 yield logits.unflatten(0, (2, -1))
 
 
+@speaking()
 def main(argv: Sequence[str] | None = None) -> list[float]:
     """Write the model with the weights that were found, and return these."""
     args = parse(argv)

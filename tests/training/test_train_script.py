@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from train import main
 from ecl_hf import ECLForImageClassification
 from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.methods import METHODS
+from ecl_hf.runs.folder import RunFolder
 
 TINY = [
     "--data.source=digits",
@@ -295,3 +298,14 @@ def test_output_directory_must_be_free_and_writable(tmp_path):
         train(tmp_path / "run", "--method=bc", "--optim.lr=0.02", "--resume")
     shutil.rmtree(run / "checkpoints")
     assert train(run, "--method=bc", "--train.max_steps=1", "--resume") == run  # nothing to go on from: starts again
+
+
+def test_run_to_which_nobody_listens_comes_to_its_end(tmp_path, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", buffering=1) as nobody:
+        monkeypatch.setattr(sys, "stdout", nobody)
+        run = RunFolder(train(tmp_path / "run", "--method=bc_ensemble", "--model.num_experts=1", "--train.max_steps=2"))
+        monkeypatch.undo()
+    assert run.newest_checkpoint().name == "step_00000002"
+    assert run.results_file.exists()
