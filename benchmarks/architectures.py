@@ -12,6 +12,7 @@ A second table has the published costs of RIDE's reduced experts beside those of
 """
 
 import statistics
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -120,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = new_parser("architectures.py", __doc__)
     add_sizes(parser, rounds=11)
     parser.add_argument("--methods", type=list[str], default=COMPARED, help=f"To compare with {ONE}")
+    parser.add_argument("--processor_time", type=bool, default=False, help="Of one thread; beside other programs")
     args = parser.parse_args(argv)
     if absent := [name for name in args.methods if name not in METHODS or METHODS[name].teacher]:
         parser.error(f"methods: {', '.join(absent)} are unknown, or learn from a teacher")
@@ -137,7 +139,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             steps[name]()
         experts = len(task.model.experts)
         sizes[name] |= {"experts": experts, "macs_of_step": counter.get_total_flops() // 2 // args.batch_size}
-    seconds = in_turn(steps, device, args.rounds, args.warmup)
+    clock = time.process_time if args.processor_time else time.perf_counter
+    seconds = in_turn(steps, device, args.rounds, args.warmup, clock)
 
     one, rows = sizes[ONE], []
     for name, size in sizes.items():
@@ -148,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         rows.append((NAMES.get(name, name), size["experts"], parameters, *macs, times))
     text = table(
         "method | K | million parameters (times one network's) | million multiply-adds of a picture "
-        "| of a training step, by picture | step, ms",
+        f"| of a training step, by picture | step, ms{' of the processor' if args.processor_time else ''}",
         rows,
     )
     header = (
@@ -157,7 +160,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     text += "\n\n" + table(header, compare_with_published())
     setting = {name: getattr(args, name) for name in ("architecture", "image_size", "batch_size", "num_experts")}
-    results = {**setting, "num_classes": args.num_classes, "rounds": args.rounds, "sizes": sizes, "seconds": seconds}
+    setting |= {"num_classes": args.num_classes, "rounds": args.rounds, "processor_time": args.processor_time}
+    results = {**setting, "sizes": sizes, "seconds": seconds}
     return finish(f"architectures_{args.architecture}_{args.image_size}px", text, results, device, args.results_dir)
 
 

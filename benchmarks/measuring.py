@@ -52,20 +52,32 @@ def add_sizes(parser: ArgumentParser, rounds: int) -> None:
 
 
 def in_turn(
-    alternatives: dict[str, Step], device: torch.device, rounds: int, warmup: int = 3
+    alternatives: dict[str, Step],
+    device: torch.device,
+    rounds: int,
+    warmup: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each alternative in each round; freed memory stays with the process, as in training."""
+    """Seconds of each alternative in each round; freed memory stays with the process, as in training.
+
+    Args:
+        alternatives: by name.
+        device: that they run on.
+        rounds: that count.
+        warmup: rounds before them.
+        clock: `time.process_time` for seconds of the processor, which other programs hardly change.
+    """
     if device.type == "cpu":
         keep_freed_memory()
     seconds: dict[str, list[float]] = {name: [] for name in alternatives}
     for number in tqdm(range(warmup + rounds), "rounds", leave=False):
         for name, alternative in alternatives.items():
             synchronise(device)
-            started = time.perf_counter()
+            started = clock()
             alternative()
             synchronise(device)
             if number >= warmup:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds
 
 
