@@ -27,6 +27,7 @@ ALLOWED = PUBLISHED | {
     "pipeline": set(),
     "cli": set(),
     "checks": set(),
+    "flags": set(),
     "names": set(),
     "terminal": {"names"},
     "losses": set(),

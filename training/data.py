@@ -22,7 +22,7 @@ import datasets
 import numpy as np
 from huggingface_hub import CommitOperationAdd, DatasetCard, HfApi
 from huggingface_hub.utils import disable_progress_bars
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from tqdm import tqdm
 
 from ecl_hf.data.config import DataConfig
@@ -31,6 +31,7 @@ from ecl_hf.data.pictures import content, defect
 from ecl_hf.data.sources import labels_of, read_source
 from ecl_hf.data.splits import PARTS, Split, check_output, compare_rows, pictures_of, records
 from ecl_hf.evidence.metrics import shot_groups
+from ecl_hf.flags import FlagParser
 from ecl_hf.repository import explain_hub_errors
 from ecl_hf.runs.recipe import Recipe, prepare_flags
 from ecl_hf.runs.recipe_files import RecipeFile
@@ -42,7 +43,7 @@ CARD = Path(str(files("ecl_hf.hub_cards") / "dataset_card.md"))
 def parse(argv: Sequence[str] | None) -> tuple[Namespace, DataConfig | None]:
     """Read the flags; `build` has those of `train.py`, of which the data section counts."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="data.py", description=__doc__.split("\n")[0])
+    parser = FlagParser(prog="data.py", description=__doc__.split("\n")[0])
     commands = parser.add_subcommands(required=True)
     argv, method = list(sys.argv[1:] if argv is None else argv), "ecl"
     if argv[:1] == ["build"]:
@@ -52,14 +53,14 @@ def parse(argv: Sequence[str] | None) -> tuple[Namespace, DataConfig | None]:
             parser.error(str(error))
         argv = ["build", *flags]
 
-    build = ArgumentParser(description="Choose pictures by the data section of a recipe, and write the split.")
+    build = FlagParser(description="Choose pictures by the data section of a recipe, and write the split.")
     build.add_argument("--recipe", action=RecipeFile, help="Recipe: file or name; flags after it override it")
     Recipe.add_arguments(build, method)
     build.add_argument("--output", type=Path, required=True, help="Directory to write; it must not exist, or be empty")
     build.add_argument("--pictures", action="store_true", help="Copy the pictures too, as parquet files")
     commands.add_subcommand("build", build)
 
-    verify = ArgumentParser(description="Choose the pictures again, compare, and decode every picture of the split.")
+    verify = FlagParser(description="Choose the pictures again, compare, and decode every picture of the split.")
     verify.add_argument("split", type=Path, help="Directory that `build` wrote")
     verify.add_argument("--data.path", type=str | None, help="Local directory of the source")
     verify.add_argument("--data.source", type=str | None, help="Hub repository of the source, if it was renamed")
@@ -67,7 +68,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Namespace, DataConfig | None]:
     verify.add_argument("--data.test_list", type=str | None, help="Published test list, as for `build`")
     commands.add_subcommand("verify", verify)
 
-    push = ArgumentParser(description="Publish a split that has its pictures as a data set on the Hub, with a card.")
+    push = FlagParser(description="Publish a split that has its pictures as a data set on the Hub, with a card.")
     push.add_argument("split", type=Path, help="Directory that `build --pictures` wrote")
     push.add_argument(
         "--repo_id", type=str, required=True, help="Hub repository, as in me/name; made if it is not there"

@@ -23,7 +23,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from safetensors import safe_open
 from torch import nn
 from tqdm import tqdm
@@ -46,6 +46,7 @@ from ecl_hf.evidence.evaluation import Predictions, format_table, measure_speed,
 from ecl_hf.evidence.head_norms import diagnose
 from ecl_hf.evidence.landscape import landscape
 from ecl_hf.evidence.metrics import class_accuracy, confusion_matrix, reliability_table
+from ecl_hf.flags import FlagParser
 from ecl_hf.heads import create_head
 from ecl_hf.methods import METHODS
 from ecl_hf.methods.ecl import BALANCED, BALANCED_DETACHED, INVERTED, SHUFFLED
@@ -65,7 +66,7 @@ MARK = {"raise": "raise", "skip": "mark"}
 
 def parse(argv: Sequence[str] | None) -> Namespace:
     """Read the flags; a run stands for its model, its recipe and an output in its folder."""
-    parser = ArgumentParser(prog="evaluate.py", description=__doc__.split("\n")[0])
+    parser = FlagParser(prog="evaluate.py", description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path | None, help="Run folder: tests its model, writes evaluation.json into it")
     parser.add_argument("--model", type=str | None, help="Directory or Hub repository of the model")
     parser.add_argument(

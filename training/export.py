@@ -19,9 +19,10 @@ from typing import Any
 import timm
 import transformers
 from jinja2 import UndefinedError
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from ecl_hf import ECLConfig, ECLForImageClassification
+from ecl_hf.flags import FlagParser
 from ecl_hf.publishing.hub import best_expert, save_onnx, save_timm, write_card
 from ecl_hf.publishing.space import copy_examples, upload_space, write_space
 from ecl_hf.repository import upload_directory
@@ -33,7 +34,7 @@ CARDS = Path(str(files("ecl_hf.hub_cards")))
 
 def parse(argv: Sequence[str] | None) -> Namespace:
     """Read the flags, and refuse combinations that make no sense."""
-    parser = ArgumentParser(prog="export.py", description=__doc__.split("\n")[0])
+    parser = FlagParser(prog="export.py", description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path | None, help="Run folder: its model and its test results")
     parser.add_argument("--model", type=str | None, help="Directory or Hub repository of a model, instead of --run")
     parser.add_argument("--results", type=Path | None, help="results.json for the card; the run's when --run is given")

@@ -24,13 +24,13 @@ from typing import Any
 import jinja2
 import numpy as np
 import yaml
-from jsonargparse import ArgumentParser
 from matplotlib.figure import Figure
 
 from ecl_hf.evidence import plots
 from ecl_hf.evidence.classes import ranked_classes
 from ecl_hf.evidence.plots.fonts import drawable, fonts_for
 from ecl_hf.evidence.plots.style import short_names
+from ecl_hf.flags import FlagParser
 from ecl_hf.names import printable
 from ecl_hf.runs.folder import RunFolder, write_atomically
 from ecl_hf.terminal import speaking
@@ -329,7 +329,7 @@ def save(name: str, figure: Figure, output: Path) -> str:
 @speaking()
 def main(argv: Sequence[str] | None = None) -> Path:
     """Draw, and return the path of the report."""
-    parser = ArgumentParser(prog="figures.py", description=__doc__.split("\n")[0])
+    parser = FlagParser(prog="figures.py", description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=str, action="append", required=True, help="Run folder or JSON of evaluate.py")
     parser.add_argument("--names", type=str, nargs="+", default=[], help="Names of the runs, else those of the folders")
     parser.add_argument("--output", type=Path | None, help="Where to write, else figures/ in the first run folder")

@@ -17,7 +17,6 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 from PIL import Image
 from tqdm import tqdm
@@ -27,6 +26,7 @@ from ecl_hf.data.folders import find_pictures
 from ecl_hf.data.longtailed import load_longtailed
 from ecl_hf.data.pictures import BrokenPictureError, decode
 from ecl_hf.evidence.calibration import estimate_prior
+from ecl_hf.flags import FlagParser
 from ecl_hf.names import printable
 from ecl_hf.pipeline import ECLImageClassificationPipeline
 from ecl_hf.runs.folder import RunFolder, write_atomically
@@ -105,7 +105,7 @@ def test_pictures(run: RunFolder, how_many: int) -> list[tuple[str, Image.Image]
 @speaking()
 def main(argv: Sequence[str] | None = None) -> list[list[dict[str, str | float]]]:
     """Print and return the best classes of each picture with their probabilities."""
-    parser = ArgumentParser(prog="predict.py", description=__doc__.split("\n")[0])
+    parser = FlagParser(prog="predict.py", description=__doc__.split("\n")[0])
     parser.add_argument("images", type=str, nargs="*", help="Picture files, folders, or patterns such as 'a/**/*.jpg'")
     parser.add_argument("--model", type=str | None, help="Directory or Hub repository of the model")
     parser.add_argument(

@@ -31,6 +31,7 @@ from jsonargparse.typing import PositiveInt
 
 from ecl_hf.data.longtail import exponential_counts
 from ecl_hf.evidence import tables
+from ecl_hf.flags import FlagParser
 from ecl_hf.learning.stages import check_stages
 from ecl_hf.learning.tuning import check_kept_features
 from ecl_hf.methods import METHODS
@@ -488,10 +489,10 @@ def render(
 
 def parse(argv: Sequence[str] | None) -> Namespace:
     """Read the flags; every target has the same."""
-    parser = ArgumentParser(prog="reproduce.py", description=__doc__.split("\n")[0])
+    parser = FlagParser(prog="reproduce.py", description=__doc__.split("\n")[0])
     targets = parser.add_subcommands(dest="target")
     for name, note in NOTES.items():
-        target = ArgumentParser(description=note or "This project's comparison of methods and of Eq. 10's reductions.")
+        target = FlagParser(description=note or "This project's comparison of methods and of Eq. 10's reductions.")
         target.add_argument("--scale", choices=list(SCALES), default="paper", help="Which recipes")
         target.add_argument(
             "--recipes", type=str, nargs="+", default=[], help="Recipes in place of the scale's: files or names"

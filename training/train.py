@@ -23,7 +23,7 @@ from accelerate.utils import (
     gather_object,
     set_seed,
 )
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from timm.utils import distribute_bn
 from tqdm import tqdm
 
@@ -32,6 +32,7 @@ from ecl_hf.evidence.calibration import fit_temperature
 from ecl_hf.evidence.classes import class_rows, classes_csv
 from ecl_hf.evidence.evaluation import score
 from ecl_hf.evidence.results import describe_run, report
+from ecl_hf.flags import FlagParser
 from ecl_hf.heads import log_prior_shift
 from ecl_hf.learning.batchnorm import save_statistics
 from ecl_hf.learning.finite import check_weights
@@ -53,7 +54,7 @@ from ecl_hf.terminal import speaking
 def parse(argv: Sequence[str] | None) -> tuple[Recipe, Namespace]:
     """Read recipe file and flags; an unknown key or a wrong type ends the program with its name."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="train.py", description=__doc__.split("\n")[0])
+    parser = FlagParser(prog="train.py", description=__doc__.split("\n")[0])
     parser.add_argument("--recipe", action=RecipeFile, help="YAML file, or a name; flags after it override it")
     try:
         argv, method, left_out = prepare_flags(sys.argv[1:] if argv is None else argv)

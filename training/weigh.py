@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
@@ -27,6 +27,7 @@ from ecl_hf.data.loaders import ViewDataset, train_loader
 from ecl_hf.data.longtailed import load_longtailed
 from ecl_hf.data.views import agreement_view
 from ecl_hf.evidence.weighing import stable_weights
+from ecl_hf.flags import FlagParser
 from ecl_hf.runs.folder import RunFolder
 from ecl_hf.runs.recipe import Recipe
 from ecl_hf.terminal import refusing, speaking
@@ -34,7 +35,7 @@ from ecl_hf.terminal import refusing, speaking
 
 def parse(argv: Sequence[str] | None) -> Namespace:
     """Read the flags, and refuse combinations that make no sense."""
-    parser = ArgumentParser(prog="weigh.py", description=__doc__.split("\n")[0])
+    parser = FlagParser(prog="weigh.py", description=__doc__.split("\n")[0])
     parser.add_argument("images", type=str, nargs="*", help="Picture files, folders, or patterns such as 'a/**/*.jpg'")
     parser.add_argument(
         "--run", type=Path | None, help="Run folder: its model, and its test pictures if none are given"
