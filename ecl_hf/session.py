@@ -146,6 +146,7 @@ class Session:
             self.method,
             streaming=recipe.data.streaming,
             pieces=self.pieces,
+            processes=self.processes,
             teacher=recipe.model.teacher,
             name=recipe.method,
         )

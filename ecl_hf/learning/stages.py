@@ -49,7 +49,9 @@ def published_copy(model: ECLForImageClassification) -> ECLForImageClassificatio
     return copied
 
 
-def check_stages(method: Method, *, streaming: bool, pieces: int, teacher: str | None, name: str) -> None:
+def check_stages(
+    method: Method, *, streaming: bool, pieces: int, teacher: str | None, name: str, processes: int = 1
+) -> None:
     """See before a run that its method's stages can be carried out.
 
     Args:
@@ -58,6 +60,7 @@ def check_stages(method: Method, *, streaming: bool, pieces: int, teacher: str |
         pieces: into which the batch of a step is cut: processes times micro-batches.
         teacher: what the recipe says.
         name: of the method.
+        processes: that train together.
 
     Raises:
         ValueError: says what stands in the way.
@@ -73,8 +76,9 @@ def check_stages(method: Method, *, streaming: bool, pieces: int, teacher: str |
         if streaming and (stage.sampler is not instance or stage.partners or any(term.part for term in stage.terms)):
             raise ValueError(f"data.streaming: {name} chooses its pictures itself, which a stream does not allow")
         for term in stage.terms:
+            together = processes if term.across_processes else 1
             require(
-                pieces == 1 or not term.whole_batch,
-                f"the term {term.name!r} of {name} needs the batch in one piece: one process, and "
-                "train.gradient_accumulation_steps 1",
+                pieces == together or not term.whole_batch,
+                f"the term {term.name!r} of {name} needs the batch in one piece: "
+                f"{'' if term.across_processes else 'one process, and '}train.gradient_accumulation_steps 1",
             )

@@ -189,6 +189,13 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def mean_over_processes(tensor: Tensor) -> Tensor:
+    """The mean of a tensor over all processes of the run, in each of them; gradient does not pass."""
+    tensor = tensor.detach()
+    connected = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return sum_over_processes(tensor) / torch.distributed.get_world_size() if connected else tensor
+
+
 Branch = Literal["reference", "momentum", "teacher", "branches"]
 
 
@@ -206,6 +213,7 @@ class Term:
             labels, it is computed for both.
         whole_batch: the loss is no mean over images, so that it needs the batch in one piece: no accumulation, and one
             process.
+        across_processes: the loss adds up over the processes itself: there may be several.
     """
 
     name: str
@@ -215,6 +223,7 @@ class Term:
     part: Callable[[PartsContext], Part] | None = None
     two_labels: bool = False
     whole_batch: bool = False
+    across_processes: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 Read: Tao0-0/LGLA@0d72bdb model/loss.py 246-400. The classes are cut into K - 1 regions that hold about the same number
 of images. Expert k discriminates within region k, for it knows the prior there and takes the highest for all other
 classes; the last one takes the prior `tau` times. Images whose angle to their class is above the mean of the batch's
-images of the same region count more. The losses are summed over the experts; heads are cosines without a bias.
+images of the same region count more; the batch is that of all processes, and micro-batches are refused. The losses are
+summed over the experts; heads are cosines without a bias.
 
 Departures, only where the code would leave a region empty or make too few: the most frequent classes always have a
 region of their own, and fewer different counts than regions are refused.
@@ -15,9 +16,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ecl_hf.losses import carried_log_prior, cross_entropies, full_precision, log_class_prior
-from ecl_hf.methods.base import Experts, HeadKind, Method, Part, PartsContext, PerImage, Stage, TaskOutputs, Term
+from ecl_hf.methods.base import (
+    Experts,
+    HeadKind,
+    Method,
+    Part,
+    PartsContext,
+    PerImage,
+    Stage,
+    TaskOutputs,
+    Term,
+    mean_over_processes,
+)
 from ecl_hf.methods.ldam import unit_rows
 from ecl_hf.methods.ride import all_but_two_stages
 from ecl_hf.methods.settings import Settings
@@ -80,12 +93,13 @@ def lgla_shifts(class_counts: Tensor, regions: Tensor, tau: float) -> Tensor:
 
 
 @torch.no_grad()
-def angle_weights(label_logits: Tensor, groups: Tensor, scale: float) -> Tensor:
+def angle_weights(label_logits: Tensor, groups: Tensor, num_groups: int, scale: float) -> Tensor:
     """Weights of images by how far they are from their class, `1 + max(0, angle - mean angle of their region)`.
 
     Args:
         label_logits: `scale * cos(angle)` of each image to its label, [K, B].
         groups: region of each image's label, [B].
+        num_groups: regions.
         scale: of the cosine heads.
 
     Returns:
@@ -93,8 +107,9 @@ def angle_weights(label_logits: Tensor, groups: Tensor, scale: float) -> Tensor:
     """
     (label_logits,) = full_precision(label_logits)
     angles = (label_logits / scale).clamp(-1, 1).arccos()
-    same = (groups[:, None] == groups).to(angles.dtype)
-    return 1 + (angles - angles @ same / same.sum(0)).clamp_min(0)
+    region = F.one_hot(groups, num_groups).to(angles.dtype)
+    number = mean_over_processes(region.sum(0)).clamp_min(torch.finfo(angles.dtype).tiny)
+    return 1 + (angles - (mean_over_processes(angles @ region) / number)[:, groups]).clamp_min(0)
 
 
 class Regions(Part):
@@ -110,7 +125,7 @@ class Regions(Part):
 def _supervision(out: TaskOutputs, settings: LGLASettings) -> PerImage:  # noqa: ARG001
     regions: Regions = out.parts["supervision"]
     own = out.cls_logits.gather(-1, out.labels.expand(out.cls_logits.shape[:-1])[..., None])[..., 0]
-    weights = angle_weights(own, regions.region[out.labels], out.heads[0].scale)
+    weights = angle_weights(own, regions.region[out.labels], len(regions.shifts) - 1, out.heads[0].scale)
     return PerImage((weights * cross_entropies(out.cls_logits, out.labels, regions.shifts[:, None])).sum(0))
 
 
@@ -119,7 +134,7 @@ def _carried(class_counts: Tensor, settings: LGLASettings, num_experts: int) -> 
     return carried_log_prior(class_counts, shifts)
 
 
-SUPERVISION = Term("supervision", _supervision, part=Regions, whole_batch=True)
+SUPERVISION = Term("supervision", _supervision, part=Regions, whole_batch=True, across_processes=True)
 
 METHODS = {
     "lgla": Method(

@@ -6,7 +6,8 @@ Expert k learns by cross-entropy of `z_k + log n^lambda_k` on all rows, and its 
 that is right. The mean of the published lambda is 1, so the mean logits suit a uniform test set. The losses are summed
 over the experts.
 
-The divergence is divided by the number of images that the expert gets right, not by the batch; none right adds 0.
+The divergence is divided by the number of images that the expert gets right, not by the batch; none right adds 0. The
+number is that of all processes; micro-batches are refused.
 
 Published, best test epoch on CIFAR, 400 epochs: CIFAR-100-LT, ResNet-32, imbalance 100/50: 56.1 / 60.1 (another paper
 measures 55.4 with this code); ImageNet-LT, ResNet-50 / ResNeXt-50: 60.7 / 61.8; iNaturalist 2018: 75.6; Places-LT:
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ecl_hf.checks import require
 from ecl_hf.losses import carried_log_prior, prior_shifts, shifted_cross_entropy, soft_label_losses, spread
-from ecl_hf.methods.base import HeadKind, Method, PerImage, Stage, TaskOutputs, Term
+from ecl_hf.methods.base import HeadKind, Method, PerImage, Stage, TaskOutputs, Term, mean_over_processes
 from ecl_hf.methods.ldam import unit_rows
 from ecl_hf.methods.ride import SHARING
 from ecl_hf.methods.settings import Settings
@@ -56,12 +57,13 @@ def consistency(weak: Tensor, strong: Tensor, labels: Tensor) -> Tensor:
         labels: class indices, [B].
 
     Returns:
-        [K]; 0 for an expert that is right nowhere.
+        [K]; 0 for an expert that is right nowhere. With several processes, their mean is the divergence of all images.
     """
     weak = weak.detach()
     right = weak.argmax(-1) == labels
     kl = torch.stack([soft_label_losses(own, teacher, 1.0) for own, teacher in zip(strong, weak, strict=True)])
-    return (kl * right).sum(-1) / right.sum(-1).clamp_min(1)
+    number = mean_over_processes(right.sum(-1, dtype=kl.dtype))
+    return (kl * right).sum(-1) / number.clamp_min(torch.finfo(kl.dtype).tiny)
 
 
 def ramp(epoch: int, epochs: int) -> float:
@@ -96,7 +98,7 @@ def _carried(class_counts: Tensor, settings: MDCSSettings, num_experts: int) -> 
 
 
 SUPERVISION = Term("supervision", _supervision)
-CONSISTENCY = Term("consistency", _consistency, _weight, whole_batch=True)
+CONSISTENCY = Term("consistency", _consistency, _weight, whole_batch=True, across_processes=True)
 
 METHODS = {
     "mdcs": Method(

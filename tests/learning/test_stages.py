@@ -179,7 +179,12 @@ def test_epochs_of_stages(shares, epochs, expected):
         (
             {"terms": (Term("x", SUPERVISION.loss, whole_batch=True),)},
             {"pieces": 2},
-            "the term 'x' of m needs the batch",
+            "the term 'x' of m needs the batch in one piece: one process",
+        ),
+        (
+            {"terms": (Term("x", SUPERVISION.loss, whole_batch=True, across_processes=True),)},
+            {"pieces": 4, "processes": 2},
+            "in one piece: train.gradient_accumulation_steps 1",
         ),
         ({}, {"teacher": "runs/bc"}, "m learns from no teacher"),
     ],
@@ -190,6 +195,11 @@ def test_what_can_not_be_carried_out_is_refused(stage, changes, message):
     check_stages(method, **settings | ({"teacher": None} if "teacher" in changes else {}))
     with pytest.raises(ValueError, match=message):
         check_stages(method, **settings | changes)
+
+
+def test_terms_that_add_up_over_the_processes_may_have_several():
+    method = Method((Stage((Term("x", SUPERVISION.loss, whole_batch=True, across_processes=True),)),))
+    check_stages(method, streaming=False, pieces=2, processes=2, teacher=None, name="m")
 
 
 def test_a_missing_teacher_is_told_how_to_make():

@@ -25,7 +25,7 @@ def test_published_values(values):
 
     def loss(logits):
         own = logits.gather(-1, labels.expand(logits.shape[:-1])[..., None])[..., 0]
-        weights = lgla.angle_weights(own, groups, SCALE)
+        weights = lgla.angle_weights(own, groups, 2, SCALE)
         return (weights * shifted_cross_entropy(logits, labels, shifts)).mean(-1).sum()
 
     # The published angles are in single precision
@@ -58,10 +58,10 @@ def test_too_few_different_counts_are_refused(counts, regions):
 def test_weights_are_1_plus_what_the_angle_exceeds_its_region():
     angles = torch.tensor([[0.3, 1.0, 0.8, 0.4]], dtype=torch.double)
     groups = torch.tensor([0, 1, 0, 0])
-    weights = lgla.angle_weights(SCALE * angles.cos(), groups, SCALE)
+    weights = lgla.angle_weights(SCALE * angles.cos(), groups, 3, SCALE)
     assert_close(weights, torch.tensor([[1.0, 1.0, 1.3, 1.0]], dtype=torch.double))
 
 
 def test_rounding_beyond_the_scale_is_an_angle_of_0():
-    weights = lgla.angle_weights(torch.tensor([[30.00001, -30.00001]]), torch.tensor([0, 1]), SCALE)
+    weights = lgla.angle_weights(torch.tensor([[30.00001, -30.00001]]), torch.tensor([0, 1]), 2, SCALE)
     assert_close(weights, torch.ones(1, 2))
