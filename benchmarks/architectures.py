@@ -44,6 +44,7 @@ ONE = "ce"
 """One plain network, with which all are compared."""
 REDUCED = {"ride": [16, 24, 48], "sade": [16, 24, 48], "mdcs": [16, 24, 48]}
 """Widths of a CIFAR ResNet's stages, where a method was published with narrower ones."""
+BEGINNING = Time()
 NAMES = {"bc_ensemble": "bc_ensemble, nothing shared"}
 COMPARED = [ONE, "bc_ensemble", "ride", "sade", "balpoe", "lgla", "mdcs", "bbn", "ace", "reslt", "shike", "tcl"]
 COMPARED += ["ncl_plain", "ncl", "ecl"]
@@ -57,7 +58,7 @@ experts as the README of Vanint/SADE-AgnosticLT@cba11b8 has them."""
 
 
 def build(name: str, architecture: str, image_size: int, num_experts: int, class_counts: list[int]) -> tuple:
-    """Task in the first stage of a method, and the size of its published model."""
+    """Task in the first stage of a method, with its teacher if it has one, and the size of its published model."""
     method = METHODS[name]
     settings = method.settings()
     widths = REDUCED.get(name) if architecture.endswith("_cifar") else None
@@ -71,7 +72,8 @@ def build(name: str, architecture: str, image_size: int, num_experts: int, class
     model = initialise_model(config, method, class_counts, names, settings)
     size = describe_model(model)
     begin_heads(model, method.stages[0], settings)
-    return CollaborativeTask(model, method, settings), size
+    teacher = build(method.teacher, architecture, image_size, 1, class_counts)[0].model if method.teacher else None
+    return CollaborativeTask(model, method, settings, teacher=teacher), size
 
 
 def batch_for(task: CollaborativeTask, batch: Batch) -> Batch:
@@ -86,10 +88,10 @@ def batch_for(task: CollaborativeTask, batch: Batch) -> Batch:
     return needed | {"indices": torch.arange(len(pixels), device=pixels.device)}
 
 
-def step_of(task: CollaborativeTask, batch: Batch) -> Any:
-    """A training step with the stage's mixing."""
+def step_of(task: CollaborativeTask, batch: Batch, time: Time = BEGINNING) -> Any:
+    """A training step with the stage's mixing, as far as the stage has come."""
     counts = torch.tensor(task.model.config.class_counts)
-    context = MixingContext(task.settings, Time(), torch.Generator().manual_seed(0), task, counts)
+    context = MixingContext(task.settings, time, torch.Generator().manual_seed(0), task, counts)
     mixing = task.stage.mixing
     return optimiser_step(task, batch, (lambda **given: task(**mixing(given, context))) if mixing else None)
 

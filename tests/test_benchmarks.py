@@ -9,6 +9,7 @@ import growth
 import imports
 import inference
 import memory
+import methods
 import processes
 import pytest
 import torch
@@ -47,6 +48,7 @@ SCRIPTS = {
     "architectures": (architectures, [*TINY, "--methods=[ride,bbn,balpoe,ncl,mdcs]"]),
     "inference": (inference, [*TINY, "--compile=false", "--images=3"]),
     "memory": (memory, [*TINY, "--experts=[1]"]),
+    "methods": (methods, [*TINY, "--methods=[paco,bcl,m2m]"]),
     "growth": (
         growth,
         [*TINY, "--batch_sizes=[2]", "--experts=[1]", "--classes=[7]", "--queues=[9]", "--test_images=[4]"],
