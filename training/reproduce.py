@@ -582,7 +582,9 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
             begun = "begun, " if run.folder(args).recipe_file.exists() else ""
             state = f"{begun}unknown" if hours is None else f"{begun}{hours:.2f} h"
             after = f", after {run.teacher}" if run.teacher in missing else ""
-            print(f"{run}: {f'{state}{after}' if run in missing else 'finished'}")
+            known = results_of(args, run.recipe, run.cell.name, run.seed) is not None
+            again = ", again, for the model that its students need" if known else ""
+            print(f"{run}: {f'{state}{after}{again}' if run in missing else 'finished'}")
         print(time_left(args, missing))
         return []
     failed = carry_out(args, missing)

@@ -309,7 +309,7 @@ def test_teachers_are_trained_before_their_students(tmp_path, tiny, capsys, monk
     (tmp_path / "tiny/dive/seed0.json").unlink()
     reproduce.main([*argv[:-1], flags, "--dry_run"])
     assert capsys.readouterr().out.splitlines()[-3:-1] == [
-        "tiny bc seed 0: 0.00 h",
+        "tiny bc seed 0: 0.00 h, again, for the model that its students need",
         "tiny dive seed 0: unknown, after tiny bc seed 0",
     ]
 
