@@ -1,5 +1,6 @@
 """CIFAR ResNets against the architecture's own arithmetic, and as citizens of timm; refusals of create_encoder."""
 
+import copy
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from ecl_hf.backbones import CifarBlock, create_encoder
+from ecl_hf.backbones import CifarBlock, CifarResNet, create_encoder
 
 DEPTHS = (20, 32, 44, 56)
 
@@ -101,6 +102,101 @@ def test_convolutions_are_kaiming_normal():
             assert abs(weight.std().item() / std - 1) < 5 / math.sqrt(2 * n)
             assert abs(weight.mean().item()) < 5 * std / math.sqrt(n)
             assert weight.abs().max() > 2 * std  # a uniform distribution of this std ends at 1.73
+
+
+def hooked(model, x):
+    """Maps that leave the stages, as hooks on an unchanged model see them."""
+    maps = []
+    hooks = [getattr(model, f"layer{n}").register_forward_hook(lambda *a: maps.append(a[-1])) for n in (1, 2, 3)]
+    last = model.forward_features(x)
+    for hook in hooks:
+        hook.remove()
+    return last, maps
+
+
+def assert_equal(ours, theirs):
+    assert len(ours) == len(theirs)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.fixture(scope="module")
+def plain():
+    torch.manual_seed(0)
+    return timm.create_model("resnet20_cifar").eval()
+
+
+@pytest.mark.parametrize("kind", ["list", "dict", "getter", "hook", "fx"])
+@pytest.mark.parametrize("indices", [None, (0, 2), (1,), (-3, -2)])
+def test_timms_feature_extractors_give_the_maps_of_the_stages(plain, kind, indices):
+    x = torch.randn(2, 3, 16, 16)
+    torch.manual_seed(0)
+    chosen = {} if indices is None else {"out_indices": indices}
+    extractor = timm.create_model("resnet20_cifar", features_only=True, feature_cls=kind, **chosen).eval()
+    maps = extractor(x)
+    _, expected = hooked(plain, x)
+    wanted = range(3) if indices is None else indices
+    assert_equal(list(maps.values()) if kind == "dict" else maps, [expected[place] for place in wanted])
+    assert extractor.feature_info.channels() == [(16, 32, 64)[place] for place in wanted]
+    assert extractor.feature_info.reduction() == [(1, 2, 4)[place] for place in wanted]
+
+
+@pytest.mark.parametrize(("indices", "wanted"), [(None, [0, 1, 2]), (2, [1, 2]), ([0, -1], [0, 2]), ([1], [1])])
+def test_intermediate_maps(plain, indices, wanted):
+    x = torch.randn(2, 3, 16, 16)
+    last, expected = hooked(plain, x)
+    expected = [expected[place] for place in wanted]
+    ours, maps = plain.forward_intermediates(x, indices)
+    assert torch.equal(ours, last)
+    assert_equal(maps, expected)
+    assert_equal(plain.forward_intermediates(x, indices, intermediates_only=True, stop_early=True), expected)
+    early, _ = plain.forward_intermediates(x, indices, stop_early=True)
+    assert torch.equal(early, expected[-1])
+
+
+def test_what_maps_do_not_need_is_pruned(plain):
+    model, x = copy.deepcopy(plain), torch.randn(2, 3, 16, 16)
+    _, expected = hooked(plain, x)
+    assert model.prune_intermediate_layers([-2]) == [1]
+    assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"conv1", "bn1", "layer1", "layer2"}
+    assert_equal(model.forward_intermediates(x, [1], intermediates_only=True), [expected[1]])
+    assert torch.equal(model(x), expected[1])  # neither pooled nor classified
+    assert model.num_features == 32
+
+
+def test_other_formats_of_maps_are_refused(plain):
+    with pytest.raises(ValueError, match="output_fmt must be NCHW"):
+        plain.forward_intermediates(torch.randn(1, 3, 16, 16), output_fmt="NHWC")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*instance-level annotations:UserWarning")  # of torch.fx's own code
+@pytest.mark.parametrize("training", [False, True])
+def test_scripted_and_traced_models_compute_the_same(training):
+    eager = CifarResNet(blocks=1).train(training)
+    scripted = torch.jit.script(copy.deepcopy(eager))
+    traced = torch.fx.symbolic_trace(copy.deepcopy(eager))
+    both = torch.jit.script(copy.deepcopy(traced))
+    x = torch.randn(4, 3, 17, 17)
+    expected = eager(x)
+    expected.square().mean().backward()
+    for model in (scripted, traced, both):
+        out = model(x)
+        assert torch.equal(out, expected)
+        out.square().mean().backward()
+        for name, value in model.named_parameters():
+            assert_close(value.grad, eager.get_parameter(name).grad)
+        assert_equal(list(model.buffers()), list(eager.buffers()))
+
+
+def test_classifier_and_pooling_can_be_left_out(plain):
+    x = torch.randn(2, 3, 32, 32)
+    last = plain.forward_features(x)
+    assert last.shape[-2:] == plain.default_cfg["pool_size"]
+    for model in (copy.deepcopy(plain), timm.create_model("resnet20_cifar", num_classes=0, global_pool="").eval()):
+        model.load_state_dict({k: v for k, v in plain.state_dict().items() if not k.startswith("fc.")}, strict=False)
+        model.reset_classifier(0, "")
+        assert torch.equal(model(x), last)
+        assert isinstance(model.get_classifier(), nn.Identity)
 
 
 def test_names_are_registered_with_timm():
