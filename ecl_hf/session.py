@@ -98,6 +98,14 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+def set_process_timeout(timeout: timedelta) -> None:
+    """Let processes wait so long for each other from now on."""
+    if hasattr(torch.distributed, "set_timeout"):
+        torch.distributed.set_timeout(timeout)
+    else:  # its name in older versions
+        torch.distributed.distributed_c10d._set_pg_timeout(timeout)
+
+
 def with_gaps(tensor: torch.Tensor, left_out: Sequence[int]) -> torch.Tensor:
     """Rows of what was left out put back, [M, ...] -> [N, ...]: -1 for whole numbers, else 0."""
     whole = tensor.new_full((len(tensor) + len(left_out), *tensor.shape[1:]), 0 if tensor.is_floating_point() else -1)
@@ -201,11 +209,14 @@ class Session:
             ),
             kwargs_handlers=[
                 DistributedDataParallelKwargs(broadcast_buffers=False),
-                InitProcessGroupKwargs(timeout=timedelta(minutes=self.recipe.train.timeout)),
+                InitProcessGroupKwargs(timeout=timedelta(minutes=self.recipe.train.connect_timeout)),
             ],
             log_with=args.report_to or None,
             project_dir=args.output_dir,
         )
+        if torch.distributed.is_initialized():
+            accelerator.wait_for_everyone()
+            set_process_timeout(timedelta(minutes=self.recipe.train.timeout))
         if absent := set(args.report_to) - {tracker.value for tracker in accelerator.log_with}:
             raise ValueError(f"report_to: {', '.join(absent)} is not installed")
         if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu":

@@ -98,6 +98,14 @@ def kill_loading_process(step: int) -> None:
     _before(CollaborativeTask, "forward", step, kill_one)
 
 
+def kill_while_connecting(store: bool) -> None:
+    """SIGKILL before the process looks for the others, or when it knows their store, but not them."""
+    from torch.distributed import distributed_c10d
+
+    name = "_new_process_group_helper" if store else "init_process_group"
+    _before(distributed_c10d if store else torch.distributed, name, 1, _send(signal.SIGKILL))
+
+
 def hang(step: int) -> None:
     """Stop answering."""
     from ecl_hf.learning.task import CollaborativeTask

@@ -138,6 +138,8 @@ class TrainConfig:
     """BatchNorm over the images of all processes instead of each one's own."""
     timeout: float = 30.0
     """Minutes that a process waits for another one before it gives up."""
+    connect_timeout: float = 1.0
+    """The same at the start, while the processes look for each other."""
     patience: int | None = None
     """End after this many epochs of the last stage without a better balanced accuracy on the validation pictures."""
     max_steps: int | None = None
@@ -148,7 +150,8 @@ class TrainConfig:
         for name in ("gradient_accumulation_steps", "checkpoint_every", "keep_last"):
             require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
         require(self.patience is None or self.patience >= 1, f"train.patience must be at least 1, got {self.patience}")
-        require(self.timeout > 0, f"train.timeout must be positive, got {self.timeout}")
+        for name in ("timeout", "connect_timeout"):
+            require(getattr(self, name) > 0, f"train.{name} must be positive, got {getattr(self, name)}")
         require(
             self.max_steps is None or self.max_steps >= 1, f"train.max_steps must be at least 1, got {self.max_steps}"
         )

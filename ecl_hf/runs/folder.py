@@ -33,7 +33,8 @@ from ecl_hf.runs.recipe import Recipe
 
 FREE_TO_CHANGE = (
     *("train.max_steps", "train.checkpoint_every", "train.keep_last", "data.path", "data.num_workers", "model.teacher"),
-    *("train.on_nonfinite", "train.timeout", "data.on_error", "data.train_list", "data.test_list", "data.split"),
+    *("train.on_nonfinite", "train.timeout", "train.connect_timeout", "data.on_error", "data.train_list"),
+    *("data.test_list", "data.split"),
     *("train.gradient_checkpointing", "train.experts_one_by_one"),
     *("hub.push", "hub.repo_id", "hub.private", "hub.every", "hub.license"),
 )

@@ -115,6 +115,7 @@ FREE = {
     "train.keep_last": 9,
     "train.on_nonfinite": "skip",
     "train.timeout": 5.0,
+    "train.connect_timeout": 2.0,
     "train.gradient_checkpointing": True,
     "train.experts_one_by_one": True,
     "model.teacher": "/mnt/elsewhere",

@@ -75,6 +75,7 @@ PAPER = {
     "train.on_nonfinite": "raise",
     "train.sync_batchnorm": False,
     "train.timeout": 30.0,
+    "train.connect_timeout": 1.0,
     "train.max_steps": None,
     "hub.push": False,
     "hub.repo_id": None,

@@ -244,6 +244,16 @@ def test_process_that_does_not_answer_is_given_up(tmp_path):
     assert RunFolder(tmp_path / "run").resumable_checkpoint().name == "step_00000006"
 
 
+@pytest.mark.parametrize("store", [False, True])
+def test_process_that_is_killed_while_they_connect_is_soon_given_up(tmp_path, store):
+    fault = {1: partial(faults.kill_while_connecting, store)}
+    children = start_connected(2, tmp_path / "run", "--train.connect_timeout=0.1", faults=fault)
+    assert [child.wait() for child in children] == [1, -signal.SIGKILL], children[0].said
+    [line] = children[0].errors
+    assert "another process of this training has ended or does not answer" in line
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_bad_numbers_of_one_process_concern_both(tmp_path):
     fault = {1: partial(faults.infinite_loss, 2)}
     children = start_connected(2, tmp_path / "skip", "--train.on_nonfinite=skip", "--train.max_steps=4", faults=fault)
