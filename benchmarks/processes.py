@@ -18,6 +18,8 @@ from measuring import add_sizes, build_task, finish, in_turn, made_up_batch, new
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from ecl_hf.session import keep_own_buffers
+
 
 def train(rank: int, processes: int, port: int, sizes: dict[str, Any], answers: Any) -> None:
     """What each process does; the first one puts seconds and bytes of its steps into `answers`."""
@@ -30,7 +32,8 @@ def train(rank: int, processes: int, port: int, sizes: dict[str, Any], answers: 
     task = build_task(sizes["architecture"], sizes["num_experts"], sizes["num_classes"], device)
     wrapped, sent = task, {"gradients": 0, "keys": 0, "checks": 0}
     if processes > 1:
-        wrapped = DistributedDataParallel(task, broadcast_buffers=False)
+        wrapped = DistributedDataParallel(task)
+        keep_own_buffers(wrapped)
 
         def count(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
             sent["gradients"] += bucket.buffer().nbytes

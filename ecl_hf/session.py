@@ -21,7 +21,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import (
     GradientAccumulationPlugin,
@@ -31,6 +31,7 @@ from accelerate.utils import (
 )
 from huggingface_hub.utils import disable_progress_bars
 from jsonargparse import Namespace
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -84,6 +85,15 @@ def refusing(recipe: Recipe) -> Iterator[None]:
         )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def keep_own_buffers(task: DistributedDataParallel) -> None:
+    """Let each process have running statistics of its own, where every forward would copy those of the main process.
+
+    torch has a new name for this since 2.14, which Accelerate does not know, and warns of the old one.
+    """
+    name = "forward_sync_buffers" if hasattr(task, "forward_sync_buffers") else "broadcast_buffers"
+    setattr(task, name, False)
 
 
 def or_exit(batches: Iterable, recipe: Recipe) -> Iterator:
@@ -207,10 +217,7 @@ class Session:
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=self.recipe.train.gradient_accumulation_steps, sync_with_dataloader=False
             ),
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=False),
-                InitProcessGroupKwargs(timeout=timedelta(minutes=self.recipe.train.connect_timeout)),
-            ],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=self.recipe.train.connect_timeout))],
             log_with=args.report_to or None,
             project_dir=args.output_dir,
         )
@@ -277,6 +284,8 @@ class Session:
         self.loader = self._train_loader()
         set_seed(self._seed(stage), device_specific=True)
         self.task, self.optimizer = accelerator.prepare(self.plain, self.fresh_optimizer)
+        if isinstance(self.task, DistributedDataParallel):
+            keep_own_buffers(self.task)
         if recipe.train.compile:
             self.plain.compile_encoders()
         repeating = recipe.train.gradient_checkpointing or recipe.train.experts_one_by_one

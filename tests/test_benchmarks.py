@@ -59,7 +59,6 @@ SCRIPTS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.broadcast_buffers. is deprecated:FutureWarning")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_benchmark_prints_and_writes_its_tables(script, tmp_path, capsys):
     module, flags = SCRIPTS[script]

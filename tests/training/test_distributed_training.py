@@ -140,6 +140,7 @@ def test_queues_are_not_sent_in_every_step(tmp_path):
     children = start_connected(2, tmp_path / "run", "--train.max_steps=3", faults={1: compare_queues})
     assert [child.wait() for child in children] == [0, 0], [child.said for child in children]
     assert children[1].said.count("the queue is as it was left") == 3
+    assert "FutureWarning" not in children[0].said + children[1].said
 
 
 def test_two_processes_weigh_classes_as_one(tmp_path):

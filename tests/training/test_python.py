@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from train import main
 
 from ecl_hf.runs.recipe import Recipe
 from ecl_hf.training import Run, train
+from tests.made_up_runs import make_run
 
 CHANGES = {"method": "bc", "epochs": 1, "model": {"image_size": 8}, "train": {"max_steps": 3}}
 FLAGS = ["--recipe=quickstart", "--method=bc", "--epochs=1", "--model.image_size=8", "--train.max_steps=3"]
@@ -39,6 +41,32 @@ def test_the_run_is_that_of_the_script(tmp_path, capsys):
     with pytest.raises(RuntimeError, match="holds a run already; continue it with --resume") as error:
         train(Recipe.named("quickstart", **CHANGES), run.path)
     assert isinstance(error.value.__cause__, FileExistsError)
+
+
+def test_report_of_a_run_is_a_page(tmp_path, capsys):
+    run = Run(make_run(tmp_path / "run"))
+    page = run.report()
+    assert page == run.path / "figures" / "report.html"
+    assert "Worst classes" in page.read_text()
+    assert str(page) in capsys.readouterr().out
+
+
+def test_report_evaluates_a_run_that_was_not_evaluated(tmp_path, monkeypatch):
+    run = Run(make_run(tmp_path / "run"))
+    (run.path / "model").mkdir()
+    evaluation, asked = (run.path / "evaluation.json").read_text(), []
+    (run.path / "evaluation.json").unlink()
+
+    def evaluate(command):
+        asked.append(command[1:])
+        (run.path / "evaluation.json").write_text(evaluation)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr("ecl_hf.training.figures.subprocess.run", evaluate)
+    assert run.report().is_file()
+    [[script, *flags]] = asked
+    assert script.name == "evaluate.py"
+    assert f"--run={run.path}" in "=".join(flags)
 
 
 def test_an_interrupted_run_says_so_and_goes_on(tmp_path, monkeypatch):
