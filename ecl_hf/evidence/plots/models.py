@@ -89,20 +89,28 @@ def plot_loss_weights(points: Sequence[dict[str, Any]]) -> Figure:
 def plot_methods(points: Sequence[dict[str, Any]]) -> Figure:
     """Few-shot against many-shot accuracy, a point with its deviations for each method.
 
-    Methods that no other one is at least as good as in both are drawn in colour.
+    Methods that no other one is at least as good as in both are drawn in colour. Names of points that lie on each other
+    stand in one line.
 
     Args:
         points: `method`, and in % `many` and `few` with their standard deviations `many_std`, `few_std` (None for one
             seed).
     """
     figure, (axes,) = make_panels(1, width=8.0, height=6.4)
+    spread = max(point["many"] for point in points) - min(point["many"] for point in points) or 1
+    names: dict[tuple[float, float], list[str]] = {}
     for point in points:
         ahead = [other for other in points if other["many"] >= point["many"] and other["few"] >= point["few"]]
         best = all((other["many"], other["few"]) == (point["many"], point["few"]) for other in ahead)
         place, colour = (point["many"], point["few"]), COLOURS[0] if best else "#7F7F7F"
         errors = (point["few_std"] or 0, point["many_std"] or 0)
         axes.errorbar(*place, *errors, marker="o", markersize=4, elinewidth=0.6, color=colour)
-        axes.annotate(point["method"], place, (3, 3), textcoords="offset points", fontsize=7, color=colour)
+        near = (other for other in names if max(abs(a - b) for a, b in zip(place, other, strict=True)) < spread / 40)
+        names.setdefault(next(near, place), []).append(point["method"])
+    right = max(many for many, _ in names) - spread / 4
+    for place, methods in names.items():  # one line for those whose points lie on each other
+        offset, side = ((-4, 3), "right") if place[0] > right else ((4, 3), "left")
+        axes.annotate(", ".join(methods), place, offset, textcoords="offset points", ha=side, fontsize=7)
     axes.set_xlabel("accuracy of many-shot classes in %")
     axes.set_ylabel("accuracy of few-shot classes in %")
     return figure
