@@ -1,6 +1,7 @@
 """What is said of pictures before they are trained on."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -8,7 +9,10 @@ import pytest
 from PIL import Image
 
 from ecl_hf.data import overview
+from ecl_hf.data.config import DataConfig
 from ecl_hf.data.folders import pictures
+from ecl_hf.data.longtailed import LongTailedData
+from ecl_hf.session import Session
 
 COUNTS, NAMES = [3, 200, 40, 5, 7, 120, 30], ["c0", "c1", "c2", "c3", "c4", "c5", "<c6>\x1b[2J"]
 
@@ -85,3 +89,21 @@ def test_files_that_would_take_long_are_not_read(files, monkeypatch):
     twice = [*files, files[0]]
     monkeypatch.setattr(overview, "MOST_BYTES", 10)
     assert "duplicates: not looked for" in overview.describe_pictures(parts(twice[:5], twice[5:]))[-1]
+
+
+@pytest.mark.parametrize(
+    ("config", "lines"),
+    [
+        ({"path": "photos"}, 6),
+        ({"path": "photos", "streaming": True}, 3),
+        ({"profile": "exponential"}, 0),
+        ({"source": "imagenet_lt"}, 0),
+    ],
+)
+def test_own_pictures_are_described_and_those_of_a_protocol_are_not(files, config, lines):
+    split = parts(files[:4], files[4:])
+    data = LongTailedData(split["train"], split["test"], [2, 2], ["a", "b"])
+    recipe, said = SimpleNamespace(data=DataConfig(**{"profile": "as_is"} | config)), []
+    Session._describe_data(SimpleNamespace(recipe=recipe, data=data, say=said.append))
+    assert len("".join(said).splitlines()) == lines
+    assert not lines or said[0].startswith("pictures: 4 of 2 classes for training, 2 for testing\n")
