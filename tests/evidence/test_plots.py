@@ -72,12 +72,12 @@ def test_transfer():
 
 
 def test_methods_that_none_is_ahead_of_have_a_colour():
-    points = [("a", 70.0, 10.0), ("b", 60.0, 20.0), ("c", 60.0, 5.0)]
+    points = [("a", 70.0, 10.0), ("b", 60.0, 20.0), ("c", 60.0, 5.0), ("d", 60.1, 5.1)]
     points = [{"method": m, "many": x, "many_std": None, "few": y, "few_std": 1.0} for m, x, y in points]
     axes = plots.plot_methods(points).axes[0]
-    assert {text.get_text(): text.xy for text in axes.texts} == {"a": (70, 10), "b": (60, 20), "c": (60, 5)}
-    colours = [text.get_color() for text in axes.texts]
-    assert colours[0] == colours[1] != colours[2]
+    assert {text.get_text(): text.xy for text in axes.texts} == {"a": (70, 10), "b": (60, 20), "c, d": (60, 5)}
+    colours = [bars.lines[0].get_color() for bars in axes.containers]
+    assert colours[0] == colours[1] != colours[2] == colours[3]
 
 
 def test_expert_number_and_loss_weights():
