@@ -303,7 +303,9 @@ class Session:
         accelerator = self.accelerator
         if self.progress.mixed_precision or accelerator.native_amp or accelerator.mixed_precision != "bf16":
             return
+        started = time.perf_counter()
         [fault] = broadcast_object_list([bfloat16_fault(self.plain, batch)])
+        self.progress.seconds -= time.perf_counter() - started  # no training: it would spoil the epoch's images/s
         self.progress.mixed_precision = "no" if fault else "bf16"
         if fault:
             self.say(f"bfloat16 is left off: {fault}")
