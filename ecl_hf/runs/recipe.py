@@ -123,6 +123,8 @@ class Recipe:
                 section = tree.get(key) if isinstance(tree.get(key), dict) else {}
                 tree[key] = {**section, **value} if isinstance(value, dict) else value
             check_settings(method, tree["loss"])
+            if isinstance(data := changes.get("data"), dict):
+                check_profile(tree["data"].get("profile", DataConfig.profile), [f"data.{key}" for key in data])
             tree = {key: value for key, value in tree.items() if value != {}}
             parser = ArgumentParser(exit_on_error=False)
             cls.add_arguments(parser, method)
@@ -147,6 +149,16 @@ def check_settings(method: str, keys: Iterable[str]) -> None:
             of = f", but of {', '.join(others[:5])}" if others else ""
             has = f"it has {', '.join(own)}" if own else "it has none"
             raise ValueError(f"loss.{key} is no setting of {method}{of}; {has}")
+
+
+def check_profile(profile: Any, keys: Iterable[str]) -> None:
+    """Refuse keys that somebody gives although the profile of the class counts does not use them."""
+    without = [key for key in keys if key in ("data.imbalance_factor", "data.max_count")]
+    if profile == "as_is" and without:
+        raise ValueError(
+            f"{without[0]} does nothing with data.profile as_is, which takes all pictures: leave it out, or make them "
+            "long-tailed with data.profile exponential or pareto"
+        )
 
 
 def own_settings(method: str, section: Any, other: str) -> tuple[Any, list[str]]:
@@ -193,27 +205,31 @@ def prepare_flags(argv: Sequence[str]) -> tuple[list[str], str, list[str]]:
 
     Raises:
         FileNotFoundError: there is no such recipe.
-        ValueError: a flag or a file names settings that its method does not have.
+        ValueError: a flag or a file names settings that its method does not have, or a flag has no effect.
     """
-    flags, method, files = [], "ecl", []
+    flags, method, files, profile = [], "ecl", [], DataConfig.profile
     words = iter(argv)
     for word in words:
         name, given, value = word.partition("=")
-        if name in ("--recipe", "--method") and not given:
+        if name in ("--recipe", "--method", "--data.profile") and not given:
             name, value = word, next(words, "")
         if name == "--method":
             method = value
+        elif name == "--data.profile":
+            profile = value
         elif name == "--recipe":
             found = read_yaml(find_recipe(value))
             method = found.get("method", method)
+            profile = found["data"].get("profile", profile) if isinstance(found.get("data"), dict) else profile
             files.append((len(flags), found))
-        flags.append(f"{name}={value}" if name in ("--recipe", "--method") else word)
+        flags.append(f"{name}={value}" if name in ("--recipe", "--method", "--data.profile") else word)
     left_out = []
     for position, found in files:
         kept, dropped = own_settings(found.get("method", method), found.get("loss"), method)
         if dropped:
             flags[position] = f"--recipe={json.dumps({**found, 'method': method, 'loss': kept})}"
             left_out += [f"loss.{key}" for key in dropped]
-    given = (flag.partition("=")[0].removeprefix("--loss.") for flag in flags if flag.startswith("--loss."))
-    check_settings(method, given)
+    given = [flag.partition("=")[0].removeprefix("--") for flag in flags if flag.startswith("--")]
+    check_settings(method, (key.removeprefix("loss.") for key in given if key.startswith("loss.")))
+    check_profile(profile, given)
     return flags, method, left_out

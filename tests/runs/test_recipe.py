@@ -400,3 +400,20 @@ def test_stage_epochs_add_up():
     with pytest.raises(ValueError, match=r"stage_epochs \[4\] must be positive and add up to epochs, which is 5"):
         Recipe(method="bc", epochs=5, stage_epochs=[4])
     assert Recipe(method="bc", epochs=5).epochs_of_stages == [5]
+
+
+@pytest.mark.parametrize("flag", ["--data.imbalance_factor=50", "--data.max_count=50"])
+@pytest.mark.parametrize("where", [["--data.profile", "as_is"], ["--data.profile=as_is"], ["--recipe", "places_lt"]])
+def test_flag_that_a_profile_does_not_use_is_refused(flag, where):
+    key = flag.removeprefix("--").partition("=")[0]
+    with pytest.raises(ValueError, match=f"^{key} does nothing with data.profile as_is"):
+        prepare_flags([flag, *where])
+    prepare_flags([flag, *where, "--data.profile", "pareto"])
+
+
+def test_recipe_with_an_imbalance_factor_serves_pictures_as_they_are():
+    """The factor is the recipe's, and nobody asked for it with this profile."""
+    prepare_flags(["--recipe", "quickstart", "--data.profile", "as_is"])
+    assert Recipe.named("quickstart", data={"profile": "as_is"}).data.profile == "as_is"
+    with pytest.raises(ValueError, match="imbalance_factor does nothing with"):
+        Recipe.named("quickstart", data={"profile": "as_is", "imbalance_factor": 5.0})
