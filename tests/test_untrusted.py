@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from ecl_hf import ECLConfig, ECLForImageClassification
+from ecl_hf.learning.teachers import load_teacher
 from ecl_hf.repository import seal_weights
 
 SECOND = "model-00002-of-00003.safetensors"
@@ -167,6 +168,20 @@ def test_index_must_not_point_elsewhere(repository, load, name):
 def test_directory_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere is neither a directory nor a name of a repository"):
         ECLForImageClassification.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("odd", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_pipe_or_device_in_place_of_a_directory_is_not_opened(tmp_path, odd):
+    odd(tmp_path / "odd")
+    with pytest.raises(FileNotFoundError, match=r"odd is neither a directory nor a name of a repository"):
+        ECLForImageClassification.from_pretrained(tmp_path / "odd")
+    with pytest.raises(ValueError, match=r"model\.teacher .*odd can't be read: .* is neither a directory"):
+        load_teacher(str(tmp_path / "odd"), ["a", "b"], "ecl")
+
+
+def test_name_that_is_neither_here_nor_on_the_hub_is_said_to_be_both():
+    with pytest.raises(OSError, match=r"^there is no directory runs/c100, and no such repository can be read: "):
+        ECLForImageClassification.from_pretrained("runs/c100", local_files_only=True)
 
 
 def test_deep_configuration_is_refused(repository):

@@ -5,6 +5,7 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 
 from ecl_hf.backbones import create_encoder
@@ -165,7 +166,7 @@ def _pretrained(
     if isinstance(source, str):
         if Path(source).is_file():
             overlay = {"file": source}
-        elif Path(source).suffix in (".safetensors", ".pth", ".pt", ".bin"):
+        elif Path(source).suffix in (".safetensors", ".pth", ".pt", ".bin") or Path(source).exists():
             raise FileNotFoundError(f"model.pretrained {source} is not a file")
         else:
             name = f"hf-hub:{source}"
@@ -178,7 +179,7 @@ def _pretrained(
             torch.manual_seed(_PROBE_SEED)
             untouched = create_encoder(architecture, **model_args).state_dict()
         file = timm.models.load_state_dict(source) if overlay else {}
-    except (RuntimeError, OSError, SafetensorError) as error:
+    except (RuntimeError, OSError, SafetensorError, HFValidationError) as error:
         raise ValueError(f"model.pretrained={source} can't be loaded into {architecture}: {error}") from error
     state = encoder.state_dict()
     if state.keys() != untouched.keys():

@@ -1,5 +1,7 @@
 """Fresh ensembles: weights from a file in every expert, heads drawn anew, sizes, and what does not fit."""
 
+import os
+
 import pytest
 import timm
 import torch
@@ -168,6 +170,14 @@ def test_position_embedding_is_resampled_to_the_image_size(tmp_path):
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth", "weights.pt", "folder/weights.bin"])
 def test_missing_file(name, tmp_path):
+    with pytest.raises(FileNotFoundError, match=rf"model\.pretrained .*{name} is not a file"):
+        initialise(architecture="resnet20_cifar", pretrained=str(tmp_path / name))
+
+
+@pytest.mark.parametrize("odd", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.mkdir()])
+@pytest.mark.parametrize("name", ["weights", "weights.safetensors"])
+def test_what_is_no_file_is_not_opened(name, odd, tmp_path):
+    odd(tmp_path / name)
     with pytest.raises(FileNotFoundError, match=rf"model\.pretrained .*{name} is not a file"):
         initialise(architecture="resnet20_cifar", pretrained=str(tmp_path / name))
 
