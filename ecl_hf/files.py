@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -75,6 +75,30 @@ def read_object(path: str | Path, most: int = MAX_TEXT) -> dict[str, Any]:
     content = read_json(path, most)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object, but {type(content).__name__}")
+    return content
+
+
+def read_entries(path: str | Path, entries: Mapping[str, type | tuple[type, ...]], what: str) -> dict[str, Any]:
+    """Content of a JSON file that holds an object with these entries, and perhaps others.
+
+    Args:
+        path: of the file.
+        entries: their dotted names with their types; `object` for one that may be null.
+        what: the file should be, for the message.
+
+    Raises:
+        OSError: it can't be opened.
+        ValueError: it is none; the message names the file and the entry.
+    """
+    content = read_object(path)
+    for name, kind in entries.items():
+        value: Any = content
+        for key in name.split("."):
+            if not isinstance(value, dict) or key not in value:
+                raise ValueError(f"{path} is no {what}: it lacks {name}")
+            value = value[key]
+        if not isinstance(value, kind):
+            raise ValueError(f"{path} is no {what}: {name} can't be {repr(value)[:80]}")
     return content
 
 

@@ -11,7 +11,6 @@ Each file beside this one is a script of its own, which imports none of the othe
 checkout, `ecl-hf train ...` anywhere. Recipes and launch configurations lie beside them.
 """
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from ecl_hf.modeling_ecl import ECLForImageClassification
-from ecl_hf.runs.folder import RunFolder
+from ecl_hf.runs.folder import RunFolder, read_results
 from ecl_hf.runs.interruption import STOPPED
 from ecl_hf.runs.recipe import Recipe
 from ecl_hf.training import train as script
@@ -45,12 +44,12 @@ class Run:
     @cached_property
     def results(self) -> dict[str, Any]:
         """Content of `results.json`: test scores, class counts, recipe, versions, machine."""
-        return json.loads(self.folder.results_file.read_text())
+        return read_results(self.folder.results_file, {})
 
     @property
     def epochs(self) -> list[dict[str, Any]]:
-        """Lines of `metrics.jsonl`: each epoch's loss terms, learning rate and speed."""
-        return [json.loads(line) for line in self.folder.metrics_file.read_text().splitlines()]
+        """Lines of `metrics.jsonl`: each epoch's loss terms, learning rate and speed; up to one that is damaged."""
+        return self.folder.read_log()[0]
 
     def model(self, experts: Sequence[int] | None = None) -> ECLForImageClassification:
         """The trained model; with `experts`, those alone are read."""

@@ -46,6 +46,7 @@ from ecl_hf.evidence.evaluation import Predictions, format_table, measure_speed,
 from ecl_hf.evidence.head_norms import diagnose
 from ecl_hf.evidence.landscape import landscape
 from ecl_hf.evidence.metrics import class_accuracy, confusion_matrix, reliability_table
+from ecl_hf.files import read_object
 from ecl_hf.flags import FlagParser
 from ecl_hf.heads import create_head
 from ecl_hf.methods import METHODS
@@ -225,12 +226,9 @@ def read_output(output: Path) -> dict[str, Any]:
     if not output.parent.is_dir():
         raise FileNotFoundError(f"output: there is no directory {output.parent}")
     try:
-        old = json.loads(output.read_text()) if output.exists() else {}
+        return read_object(output) if output.exists() else {}
     except ValueError as error:
         raise ValueError(f"output {output} is there, and is no JSON file of this script: {error}") from error
-    if not isinstance(old, dict):
-        raise ValueError(f"output {output} is there, and is no JSON file of this script")
-    return old
 
 
 def write(output: Path, old: dict[str, Any], results: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:

@@ -8,7 +8,6 @@ python training/export.py --run runs/c100 --space demo --examples a.jpg       # 
 python training/export.py --run runs/c100 --space demo --push --repo_id me/demo
 """
 
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from ecl_hf.flags import FlagParser
 from ecl_hf.publishing.hub import best_expert, save_onnx, save_timm, write_card
 from ecl_hf.publishing.space import copy_examples, upload_space, write_space
 from ecl_hf.repository import upload_directory
-from ecl_hf.runs.folder import RunFolder
+from ecl_hf.runs.folder import RunFolder, read_results
 from ecl_hf.terminal import speaking
 
 CARDS = Path(str(files("ecl_hf.hub_cards")))
@@ -70,17 +69,10 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     return args
 
 
-def read_results(args: Namespace) -> dict[str, Any] | None:
+def find_results(args: Namespace) -> Path | None:
     """The results file that was named, or the run's; None if there is none."""
     file = args.results or (RunFolder(args.run).results_file if args.run else None)
-    if file is None or (args.results is None and not file.exists()):
-        return None
-    try:
-        results = json.loads(file.read_text())
-        results["test"]["plain"]["experts"], results["recipe"]["data"]  # else it is another file
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no results file of a run: {error!r}") from error
-    return results
+    return file if file is not None and (args.results or file.exists()) else None
 
 
 def export(args: Namespace, results: dict[str, Any] | None, directory: Path) -> str:
@@ -109,7 +101,7 @@ def export(args: Namespace, results: dict[str, Any] | None, directory: Path) -> 
     try:
         write_card(directory, template, model.config, results, **card)
     except (KeyError, TypeError, UndefinedError) as error:
-        raise ValueError(f"the results file lacks something that the card says: {error!r}") from error
+        raise ValueError(f"{find_results(args)} lacks something that the card says: {error!r}") from error
     if args.timm:
         save_timm(model, 0, directory)
         known = timm.is_model(model.config.architecture) and not model.config.architecture.endswith("_cifar")
@@ -129,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
             raise FileExistsError(f"output {args.output} exists and is not an empty directory")
         if args.run and not RunFolder(args.run).model.is_dir():
             raise FileNotFoundError(f"{args.run} holds no model; is it the folder of a finished run?")
-        results = read_results(args)
+        file = find_results(args)
+        results = None if file is None else read_results(file, {"recipe.data": dict})
         beside = args.output.absolute().parent if args.output else None
         if beside:
             beside.mkdir(parents=True, exist_ok=True)

@@ -12,10 +12,10 @@ becomes a PNG and an SVG; what can't be drawn is listed in the report with the r
 import base64
 import csv
 import io
-import json
 import re
 import subprocess
 import sys
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +30,10 @@ from ecl_hf.evidence import plots
 from ecl_hf.evidence.classes import ranked_classes
 from ecl_hf.evidence.plots.fonts import drawable, fonts_for
 from ecl_hf.evidence.plots.style import short_names
+from ecl_hf.files import read_entries
 from ecl_hf.flags import FlagParser
 from ecl_hf.names import printable
-from ecl_hf.runs.folder import RunFolder, write_atomically
+from ecl_hf.runs.folder import RunFolder, read_results, write_atomically
 from ecl_hf.terminal import speaking
 
 EVALUATE = Path(__file__).with_name("evaluate.py")
@@ -115,6 +116,16 @@ TEXTS = {
 }
 """Of each figure its title, its caption, and why it may be absent."""
 
+NUMBER = (int, float)
+ENTRIES = {
+    **{"class_names": list, "class_counts": list, "test_images": int, "logit_prior": object, "posthoc": dict},
+    **{"shifted": list, "parameters": NUMBER, "macs": NUMBER, "images_per_second": NUMBER, "machine.device": str},
+    **{"commit": object, "versions": dict, "reliability.plain.ensemble": dict},
+    **{f"test.{way}.{kind}": dict for way in ("plain", "flip") for kind in ("ensemble", "expert_mean", "expert_best")},
+    **{f"test.{way}.experts": list for way in ("plain", "flip")},
+}
+"""What is read of an evaluation, by dotted names."""
+
 MOST_ROWS = 300
 """Classes in the report's table; the .csv file beside the evaluation has all."""
 
@@ -158,15 +169,16 @@ def read_evidence(path: Path, data_path: str | None, landscape_images: int) -> E
         raise FileNotFoundError(
             f"{path} is neither a run folder nor a JSON file of evaluate.py with its .npz beside it"
         )
-    content = json.loads(evaluation.read_text())
-    if "reliability" not in content:
-        raise ValueError(f"{evaluation} is not a JSON file of evaluate.py")
-    with np.load(evaluation.with_suffix(".npz")) as file:
-        arrays = dict(file)
+    content = read_entries(evaluation, ENTRIES, "JSON file of evaluate.py, which has to run again")
+    try:
+        with np.load(evaluation.with_suffix(".npz")) as file:
+            arrays = dict(file)
+    except (EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{evaluation.with_suffix('.npz')} is damaged; evaluate.py has to run again") from error
     beside = RunFolder(evaluation.parent)
-    results = json.loads(beside.results_file.read_text()) if beside.results_file.is_file() else {}
-    lines = beside.metrics_file.read_text().splitlines() if beside.metrics_file.is_file() else []
-    return Evidence(content, arrays, results, [json.loads(line) for line in lines])
+    there = beside.results_file.exists()
+    results = read_results(beside.results_file, {"training_seconds": (int, float)}) if there else {}
+    return Evidence(content, arrays, results, beside.read_log()[0])
 
 
 def of_runs(runs: dict[str, Evidence], *names: str) -> dict[str, Any]:

@@ -12,7 +12,6 @@ the tables, as Markdown and CSV, go to `training/results/<recipe>`; results that
 other machines, need no run folder.
 """
 
-import json
 import os
 import shlex
 import statistics
@@ -31,11 +30,12 @@ from jsonargparse.typing import PositiveInt
 
 from ecl_hf.data.longtail import exponential_counts
 from ecl_hf.evidence import tables
+from ecl_hf.files import read_text
 from ecl_hf.flags import FlagParser
 from ecl_hf.learning.stages import check_stages
 from ecl_hf.learning.tuning import check_kept_features
 from ecl_hf.methods import METHODS
-from ecl_hf.runs.folder import RunFolder, write_atomically
+from ecl_hf.runs.folder import RunFolder, read_results, write_atomically
 from ecl_hf.runs.interruption import STOPPED, StopRequest
 from ecl_hf.runs.recipe import Recipe, prepare_flags
 from ecl_hf.runs.recipe_files import RecipeFile, find_recipe
@@ -262,17 +262,17 @@ def results_of(args: Namespace, recipe_name: str, cell: str, seed: int) -> dict[
     copy = args.results_dir / recipe_name / cell / f"seed{seed}.json"
     if run.finished and not args.dry_run:
         copy.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(copy, run.results_file.read_text())
+        write_atomically(copy, read_text(run.results_file))
     file = run.results_file if run.finished else copy
-    return read_results(file) if file.exists() else None
+    return results_in(file) if file.exists() else None
 
 
-def read_results(file: Path) -> dict[str, Any]:
-    """Content of a results file; SystemExit names one that is damaged."""
+def results_in(file: Path) -> dict[str, Any]:
+    """Content of a results file; SystemExit names one that is damaged or lacks what the tables say."""
     try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        sys.exit(f"error: {file} is damaged: {error}")
+        return read_results(file, tables.ENTRIES)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
 
 
 def read_recipe(file: Path, flags: str = "") -> Recipe:
@@ -307,7 +307,7 @@ def results_so_far(args: Namespace, recipe_name: str) -> list[dict[str, Any]]:
         *(args.results_dir / recipe_name).glob("*/seed*.json"),
         *(args.runs_dir / recipe_name).glob("*/seed*/results.json"),
     ]
-    return [result for file in files if (result := read_results(file))["finished"]]
+    return [result for file in files if (result := results_in(file))["finished"]]
 
 
 def estimate(cell: Cell, so_far: list[dict[str, Any]]) -> float | None:

@@ -69,7 +69,8 @@ def describe_run(
 
 def report(run: RunFolder) -> str:
     """The short table of a finished run, and where things are."""
-    results = read_results(run.results_file)
+    scores = {f"test.{way}.{kind}": dict for way in ("plain", "flip") for kind in ("ensemble", "expert_mean")}
+    results = read_results(run.results_file, {"shot_groups": dict, "recipe.data.horizontal_flip": bool, **scores})
     groups = ", ".join(f"{name} {count}" for name, count in results["shot_groups"].items())
     lines = [f"accuracy, macro F1 and calibration error on the test split, in % (classes: {groups})"]
     if absent := results.get("classes_without_test_images"):

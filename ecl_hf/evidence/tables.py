@@ -18,6 +18,22 @@ OWN_SETTINGS = {
 }
 """Recipe keys in which the cells of one table may differ."""
 
+NUMBER = (int, float)
+ENTRIES = {
+    **{"method": str, "seed": int, "finished": bool, "steps": int, "training_seconds": NUMBER, "test_images": int},
+    **{"class_counts": list, "shot_groups": dict, "parameters": NUMBER, "macs": NUMBER, "commit": object},
+    **{"machine.platform": str, "machine.device": str, "machine.threads_per_process": int, "versions.torch": str},
+    **{"versions.timm": str, "versions.transformers": str, "recipe.method": str},
+    **{f"test.{way}.experts": list for way in ("plain", "flip")},
+    **{
+        f"test.{way}.{kind}.{score}": NUMBER if score == "top1" else object
+        for way in ("plain", "flip")
+        for kind in ("ensemble", "expert_mean")
+        for score in SCORES
+    },
+}
+"""What tables say of a run's `results.json`, by dotted names."""
+
 Results = Sequence[dict[str, Any]]
 """`results.json` of the seeds of one cell."""
 

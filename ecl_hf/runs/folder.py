@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -24,7 +24,7 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
-from ecl_hf.files import CHECKSUMS, checksum, read_bytes, read_checksums, read_object, write_checksums
+from ecl_hf.files import CHECKSUMS, checksum, read_bytes, read_checksums, read_entries, read_object, write_checksums
 from ecl_hf.modeling_ecl import ECLForImageClassification
 from ecl_hf.runs.checkpoints import discard, find_defect, publish, remove_partial, synchronise, synchronise_folder
 from ecl_hf.runs.interruption import writing
@@ -444,18 +444,9 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def read_results(file: Path) -> dict[str, Any]:
-    """A run's `results.json`; ValueError names the file if it is none."""
-    results = read_object(file)
-    try:
-        (
-            results["test"]["plain"]["experts"][0]["top1"],
-            results["shot_groups"].items(),
-            results["recipe"]["data"].items(),
-        )
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no results file of a run: it lacks {error!r}") from error
-    return results
+def read_results(file: Path, entries: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
+    """A run's `results.json`; ValueError names the file if it is none, or lacks one of these entries."""
+    return read_entries(file, {"test.plain.experts": list, "recipe": dict, **entries}, "results file of a run")
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

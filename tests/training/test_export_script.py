@@ -364,6 +364,10 @@ def test_what_is_not_there_is_named(run, tmp_path):
     (tmp_path / "other.json").write_text('{"top1": 1}')
     with pytest.raises(SystemExit, match=r"other\.json is no results file"):
         export.main(["--run", str(run.path), "--output", str(out), "--results", str(tmp_path / "other.json")])
+    for text in ("7", "[]", '{"test": {"plain": {"experts": 3}}, "recipe": {"data": {}}}', "[" * 100_000):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(SystemExit, match=r"^error: .*other\.json (holds|is)"):
+            export.main(["--run", str(run.path), "--output", str(out), "--results", str(tmp_path / "other.json")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.json"]
     out.mkdir()
     (out / "mine.txt").touch()

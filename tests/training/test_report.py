@@ -150,6 +150,16 @@ def test_runs_on_other_data_are_not_compared(tmp_path):
     assert not (runs[0] / "figures").exists()
 
 
+def test_files_that_are_none_are_named(tmp_path):
+    run = make_run(tmp_path / "run")
+    for name in ("results.json", "evaluation.npz", "evaluation.json"):
+        for text in ("[]", "", '{"test": {"plain": 7}}', "\0\xff"):
+            (run / name).write_text(text, encoding="latin1")
+            with pytest.raises(SystemExit, match=f"^error: {re.escape(str(run / name))} "):
+                figures.main([f"--run={run}"])
+    assert not (run / "figures").exists()
+
+
 @pytest.mark.parametrize("flags", [["--names", "x", "y"], ["--run={run}"], ["--run=/nope"], ["--results=/nope"]])
 def test_wrong_flags_are_named(tmp_path, flags, capsys):
     run = make_run(tmp_path / "run")

@@ -197,6 +197,15 @@ def test_damaged_result_is_named(tmp_path, tiny):
             reproduce.main(["fig4", *tiny, switch, "--seeds", "0"])
 
 
+@pytest.mark.parametrize("text", ["7", "[]", "null", '{"test": {}}', "{}", "[" * 100_000])
+def test_result_that_is_none_is_named(text, tmp_path, tiny):
+    place(tmp_path / "tiny", "ecl-mean", made_up(0, experts=(0.4, 0.4, 0.4)))
+    (file,) = tmp_path.rglob("seed0.json")
+    file.write_text(text)
+    with pytest.raises(SystemExit, match=f"^error: {re.escape(str(file))} "):
+        reproduce.main(["fig4", *tiny, "--render_only", "--seeds", "0"])
+
+
 def started_here(monkeypatch, train):
     """Have reproduce.py call a function of train.py's flags, which returns the exit code; returns the commands."""
     commands = []
