@@ -69,6 +69,20 @@ def kill_between_epochs(checkpoint: int) -> None:
     _before(RunFolder, "publish_checkpoint", checkpoint, _send(signal.SIGKILL), after=True)
 
 
+def kill_between_stages(call: int) -> None:
+    """SIGKILL when a stage has been built, before its first step: 1 for the first stage, 2 for the one after it."""
+    from ecl_hf.session import Session
+
+    _before(Session, "_prepare", call, _send(signal.SIGKILL), after=True)
+
+
+def kill_in_finish() -> None:
+    """SIGKILL when the method's last steps have rewritten the heads, but the model is not written."""
+    from train import Training
+
+    _before(Training, "finish", 1, _send(signal.SIGKILL), after=True)
+
+
 def kill_in_log(epoch: int) -> None:
     """SIGKILL between the line of an epoch and its checkpoint."""
     from ecl_hf.runs.folder import RunFolder

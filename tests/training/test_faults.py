@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from ecl_hf.runs.folder import RunFolder
 from ecl_hf.runs.interruption import STOPPED
 from tests import faults
-from tests.children import context, start, start_connected
+from tests.children import TINY, context, start, start_connected
 
 pytestmark = pytest.mark.slow
 
@@ -68,6 +68,31 @@ def test_killed_at_any_moment_the_run_is_the_same(undisturbed, tmp_path):
     assert_same(run, undisturbed)
     left = [path.name for path in run.rglob(".*")]
     assert left == []  # neither halves nor the lock
+
+
+def test_killed_in_any_stage_between_them_or_in_finish_the_run_is_the_same(tmp_path):
+    """Two stages of an epoch each, a sampler, mixed pictures, and scales that fold into the classifier."""
+    own = [flag for flag in TINY if not flag.startswith(("--loss", "--model.num_experts"))]
+    train = partial(start, tiny=[*own, "--method=mislas", "--stage_epochs=[1,1]"])
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    child = train(whole)
+    assert child.wait() == 0, child.said
+    for fault, left in (
+        (partial(faults.kill_in_step, 3), []),
+        (partial(faults.kill_between_stages, 2), [6]),
+        (partial(faults.kill_in_step, 2), [6]),  # of the second stage
+        (faults.kill_in_finish, [6, 12]),
+    ):
+        child = train(run, "--resume", fault=fault)
+        assert child.wait() == -signal.SIGKILL, child.said
+        assert steps(run) == left
+    child = train(run, "--resume")
+    assert child.wait() == 0, child.said
+    ours, theirs = weights(run), weights(whole)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    tests = [json.loads((folder / "results.json").read_text())["test"] for folder in (run, whole)]
+    assert tests[0] == tests[1]
 
 
 def test_run_that_is_asked_to_stop_continues_as_if_it_had_not_been(undisturbed, tmp_path):
