@@ -99,6 +99,7 @@ def test_scripts_import_no_script(script):
     assert not {name.split(".")[0] for name in imports(ROOT / "training" / f"{script}.py")} & set(SCRIPTS)
 
 
+@pytest.mark.slow
 def test_inference_loads_no_training_dependency():
     heavy = ["datasets", "accelerate", "matplotlib", "sklearn", "torchmetrics", "jsonargparse"]
     code = (

@@ -102,10 +102,18 @@ def test_measured_rows_are_those_of_the_results():
 
 @pytest.mark.parametrize(
     ("name", "begin", "only"),
-    [("table3", "| method | BKT |", {}), ("shared_stages", "| method | top1 |", {"model": "ensemble", "flip": "yes"})],
+    [
+        ("cifar10_lt_small/table3", "| method | BKT |", {}),
+        (
+            "cifar10_lt_small/shared_stages",
+            "| method | top1 | many | medium | few | ece | parameters |",
+            {"model": "ensemble", "flip": "yes"},
+        ),
+        ("cifar100_lt_features/methods", "| method | top1 | many | medium | few | ece | training, min |", {}),
+    ],
 )
 def test_rows_of_tables_are_those_of_the_results(name, begin, only):
-    with (ROOT / f"training/results/cifar10_lt_small/{name}.csv").open(newline="") as file:
+    with (ROOT / f"training/results/{name}.csv").open(newline="") as file:
         measured = [row for row in csv.DictReader(file) if only.items() <= row.items()]
     lines = RESULTS.splitlines()
     first = next(number for number, line in enumerate(lines) if line.startswith(begin))

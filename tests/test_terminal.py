@@ -6,6 +6,7 @@ import io
 import os
 import sys
 from importlib import import_module
+from weakref import WeakSet
 
 import pytest
 from tqdm import tqdm
@@ -49,8 +50,10 @@ def test_what_is_said_is_otherwise_as_it_was(capsys):
 
 def test_progress_bars_are_drawn_as_ever(monkeypatch):
     def bars(stream):
-        for _ in tqdm(range(3), "epochs", file=stream, mininterval=0, ncols=40, bar_format="{l_bar}{bar}"):
-            for _ in tqdm(range(2), "steps", file=stream, mininterval=0, ncols=40, bar_format="{l_bar}{bar}"):
+        monkeypatch.setattr(tqdm, "_instances", WeakSet())  # where bars stand depends on those of other tests
+        look = {"file": stream, "mininterval": 0, "miniters": 1, "ncols": 40, "bar_format": "{l_bar}{bar}"}
+        for _ in tqdm(range(3), "epochs", **look):
+            for _ in tqdm(range(2), "steps", **look):
                 tqdm.write("a line above", stream)
         return stream.getvalue()
 

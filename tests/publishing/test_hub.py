@@ -83,6 +83,7 @@ def test_files_of_a_repository(hub, pushed):
     assert HfApi().model_info(REPO).pipeline_tag == "image-classification"
 
 
+@pytest.mark.slow
 def test_four_ways_give_the_same_numbers(hub, pushed, tmp_path):
     loaded = [ECLForImageClassification.from_pretrained(REPO), AutoModelForImageClassification.from_pretrained(REPO)]
     for each in loaded:

@@ -46,7 +46,8 @@ def pictures(tmp_path):
 
 
 def build(pictures, output, *flags):
-    return script.main(["build", f"--data.path={pictures}", "--data.imbalance_factor=4", f"--output={output}", *flags])
+    factor = [] if "--data.profile=as_is" in flags else ["--data.imbalance_factor=4"]
+    return script.main(["build", f"--data.path={pictures}", f"--output={output}", *factor, *flags])
 
 
 def test_build_and_verify(pictures, tmp_path, capsys):

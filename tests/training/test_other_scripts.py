@@ -184,6 +184,7 @@ def test_evaluation_of_a_run_writes_tables_and_arrays(run):
         assert len(set(arrays["landscape_loss"][:, 10].round(9))) == 1  # magnitude 0
 
 
+@pytest.mark.slow
 def test_transfer_of_a_run_reads_the_reference_heads_of_its_checkpoint(tmp_path):
     flags = [*FLAGS.split(), "--method=bkt", "--train.max_steps=2", f"--output_dir={tmp_path / 'run'}"]
     folder = train(flags)

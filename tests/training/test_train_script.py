@@ -79,7 +79,12 @@ def teacher_flags(tmp_path_factory):
     return flags
 
 
-@pytest.mark.parametrize("method", METHODS)
+SEVERAL_KINDS = ("ecl", "bbn", "crt", "kcl", "m2m", "ride_distilled")
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=() if name in SEVERAL_KINDS else pytest.mark.slow) for name in METHODS]
+)
 def test_every_method_trains_and_exports_only_what_inference_needs(method, tmp_path, teacher_flags):
     run = train(tmp_path / "run", f"--method={method}", "--train.max_steps=2", *teacher_flags(method))
     stage = METHODS[method].stages[0]
@@ -133,6 +138,7 @@ def test_resumed_run_is_bit_identical(workers, tmp_path):
     assert_same_run(whole, parts)
 
 
+@pytest.mark.slow
 def test_precision_is_chosen_once_for_a_run(tmp_path, monkeypatch, capsys):
     """Where it was chosen by the clock, a resumed run must not choose again."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
@@ -152,6 +158,7 @@ def test_precision_is_chosen_once_for_a_run(tmp_path, monkeypatch, capsys):
     assert not all(torch.equal(plain[key], value) for key, value in runs["bf16"].items())
 
 
+@pytest.mark.slow
 def test_number_of_workers_does_not_change_the_run(tmp_path):
     runs = [train(tmp_path / str(n), "--method=fld_cpt", f"--data.num_workers={n}", "--epochs=1") for n in (0, 2)]
     assert_same_run(*runs)
@@ -173,6 +180,7 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_crash_between_checkpoints_loses_nothing(tmp_path, monkeypatch):
     flags = ["--method=ecl", "--train.checkpoint_every=1", "--epochs=4"]
     whole = train(tmp_path / "whole", *flags)
@@ -204,6 +212,7 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_run_that_saves_memory_is_the_same(tmp_path):
     """It may also begin when memory was found to be short."""
     flags = ["--method=ecl", "--epochs=2"]

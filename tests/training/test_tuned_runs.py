@@ -34,6 +34,7 @@ def train(pretrained, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_low_rank_run_resumes_bit_by_bit_and_becomes_a_plain_timm_model(train, pretrained, tmp_path):
     flags = ["--model.tune=lora", "--model.rank=2", "--epochs=2", "--train.checkpoint_every=1", "--optim.ema=0.9"]
     whole = train("whole", *flags)

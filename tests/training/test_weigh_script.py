@@ -30,6 +30,7 @@ def run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_test_pictures_of_a_run(run, tmp_path, capsys):
     flags = [f"--run={run}", "--epochs=2", "--lr=2"]
     weights = weigh.main([*flags, f"--output={tmp_path / 'weighted'}"])
