@@ -428,6 +428,7 @@ class Session:
                 self.progress = self.run.read_progress(checkpoint)
                 sizes = (len(self.method.stages), recipe.epochs, self.steps_per_epoch, self.accumulation)
                 self.progress.check(*sizes)
+                self.last_step = max(self.last_step, self.progress.step)  # train.max_steps may lie behind by now
                 for stage in range(1, self.progress.stage + 1):
                     fold_heads(self.model)
                     self._build(stage)

@@ -133,6 +133,7 @@ def test_resumed_run_is_bit_identical(workers, tmp_path):
     whole = train(tmp_path / "whole", *flags)
     steps = epochs(whole)[0]["step"]
     train(tmp_path / "parts", *flags, f"--train.max_steps={steps + 2}")  # stops within the second epoch
+    train(tmp_path / "parts", *flags, "--train.max_steps=1", "--resume")  # which lies behind already
     parts = train(tmp_path / "parts", *flags, f"--train.max_steps={2 * steps}", "--resume")  # and at its end
     assert train(tmp_path / "parts", *flags, "--resume") == parts
     assert_same_run(whole, parts)
