@@ -36,9 +36,9 @@ def python(wheel, tmp_path_factory):
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder)
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
-    # First the wheel: pip would find the running environment's ecl_hf good enough.
+    # pip would find an ecl_hf good enough that it sees in the running environment, or where other tests look for it.
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps"]
-    subprocess.run([*pip, wheel], check=True)
+    subprocess.run([*pip, wheel], check=True, env={**os.environ, "PYTHONPATH": ""})
     where = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
         capture_output=True,

@@ -152,10 +152,9 @@ def test_two_processes_weigh_classes_as_one(tmp_path):
     torch.testing.assert_close(checkpoint(tmp_path / "1"), checkpoint(tmp_path / "2"), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["mdcs", "lgla"])
-def test_two_processes_count_over_the_batch_of_both(method, tmp_path):
-    """Images that an expert gets right, and mean angles of regions."""
-    flags = [f"--method={method}", "--epochs=1", "--train.max_steps=3", "--optim.lr=0.05"]
+def test_two_processes_count_over_the_batch_of_both(tmp_path):
+    """The mean angles of regions are those of the images of both."""
+    flags = ["--method=lgla", "--epochs=1", "--train.max_steps=3", "--optim.lr=0.05"]
     one = launch(1, tmp_path / "1", *flags, ACCELERATE_USE_CPU="true")
     two = launch(2, tmp_path / "2", *flags, ACCELERATE_USE_CPU="true")
     assert (one.returncode, two.returncode) == (0, 0), (one.stderr, two.stderr)

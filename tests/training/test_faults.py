@@ -148,8 +148,9 @@ def test_vanished_data_directory_is_named(on_error, message, tmp_path):
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (n, n, n)).save(file)
     flags = [f"--data.path={photos}", "--data.profile=as_is", "--data.test_fraction=0.2", f"--data.on_error={on_error}"]
-    child = start(tmp_path / "run", *flags, fault=partial(faults.vanish, photos, 6))
-    assert child.wait() == 1
+    tiny = [flag for flag in TINY if not flag.startswith(("--data.imbalance_factor", "--data.max_count"))]
+    child = start(tmp_path / "run", *flags, tiny=tiny, fault=partial(faults.vanish, photos, 6))
+    assert child.wait() == 1, child.said
     [line] = child.errors
     assert re.fullmatch(message, line), line
     assert steps(tmp_path / "run") == [5]
