@@ -226,6 +226,11 @@ def test_reset_classifier():
     assert model(x).shape == (2, 3)
     model.reset_classifier(0)
     assert torch.equal(model(x), pooled)
+    model = timm.create_model("resnet20_cifar", global_pool="max", dtype=torch.float64, device="cpu").eval()
+    model.reset_classifier(3)
+    assert (model.fc.weight.dtype, model.fc.training) == (torch.float64, False)
+    peaks = model.forward_features(x.double()).amax((2, 3))
+    assert_close(model(x.double()), peaks @ model.fc.weight.T + model.fc.bias)  # the pooling stays
 
 
 def test_timm_arguments_arrive():
