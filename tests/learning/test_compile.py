@@ -41,7 +41,10 @@ def test_forward_is_one_graph(method, saving):
 
 
 @pytest.mark.slow
-def test_compiled_encoders_share_their_graphs_and_give_the_same_gradients():
+def test_compiled_encoders_share_their_graphs_and_give_the_same_gradients(monkeypatch):
+    """With the graphs and gradients that Inductor gets, and without the minute that its compiler takes."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: compile_module(module, backend="aot_eager"))
     torch.manual_seed(0)
     config = ECLConfig(architecture="test_resnet", num_experts=3, class_counts=[9, 5, 2])
     task = CollaborativeTask(ECLForImageClassification(config), METHODS["ecl"], ECLSettings(queue_size=7)).train()

@@ -146,18 +146,18 @@ def test_queues_are_not_sent_in_every_step(tmp_path):
 def test_two_processes_weigh_classes_as_one(tmp_path):
     """The mean of a class-weighted loss is divided by the weights of the whole step, wherever its pictures are."""
     flags = ["--method=ldam_drw", "--loss.reweight_from=0", "--epochs=1"]
-    one = launch(1, tmp_path / "1", *flags, ACCELERATE_USE_CPU="true")
-    two = launch(2, tmp_path / "2", *flags, "--train.gradient_accumulation_steps=2", ACCELERATE_USE_CPU="true")
-    assert (one.returncode, two.returncode) == (0, 0), (one.stderr, two.stderr)
+    children = [start(tmp_path / "1", *flags, tiny=FLAGS, ACCELERATE_USE_CPU="true")]
+    children += start_connected(2, tmp_path / "2", *flags, "--train.gradient_accumulation_steps=2", tiny=FLAGS)
+    assert [child.wait() for child in children] == [0, 0, 0], [child.said for child in children]
     torch.testing.assert_close(checkpoint(tmp_path / "1"), checkpoint(tmp_path / "2"), atol=1e-5, rtol=1e-5)
 
 
 def test_two_processes_count_over_the_batch_of_both(tmp_path):
     """The mean angles of regions are those of the images of both."""
     flags = ["--method=lgla", "--epochs=1", "--train.max_steps=3", "--optim.lr=0.05"]
-    one = launch(1, tmp_path / "1", *flags, ACCELERATE_USE_CPU="true")
-    two = launch(2, tmp_path / "2", *flags, ACCELERATE_USE_CPU="true")
-    assert (one.returncode, two.returncode) == (0, 0), (one.stderr, two.stderr)
+    children = [start(tmp_path / "1", *flags, tiny=FLAGS, ACCELERATE_USE_CPU="true")]
+    children += start_connected(2, tmp_path / "2", *flags, tiny=FLAGS)
+    assert [child.wait() for child in children] == [0, 0, 0], [child.said for child in children]
     torch.testing.assert_close(checkpoint(tmp_path / "1"), checkpoint(tmp_path / "2"), atol=1e-5, rtol=1e-5)
 
 
