@@ -15,6 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import ecl_hf
+from ecl_hf.terminal import refusing
 
 COMMANDS = {
     "train": "train on a long-tailed data set, or on a folder of pictures",
@@ -104,7 +105,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         launch(Path(str(files("ecl_hf.training") / f"{args.command}.py")), given, rest)
         return
     sys.argv[0] = f"ecl-hf {args.command}"  # for messages about the flags
-    importlib.import_module(f"ecl_hf.training.{args.command}").main(rest)
+    with refusing():  # a package that one command alone needs
+        script = importlib.import_module(f"ecl_hf.training.{args.command}")
+    script.main(rest)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from ecl_hf.evidence.analysis import embed_features, pairwise_feature_distance, posthoc_accuracy, shifted_accuracy
+from ecl_hf.evidence.analysis import pairwise_feature_distance, posthoc_accuracy, sample_features, shifted_accuracy
 from ecl_hf.evidence.classes import class_rows, mistakes, thumbnail
 from ecl_hf.evidence.evaluation import Predictions, summarise
 from ecl_hf.evidence.metrics import class_accuracy, confusion_matrix, reliability_table
@@ -56,7 +56,7 @@ def make_run(folder: Path, seed: int = 0, experts: int = 3, landscape: bool = Tr
         "confusion": confusion_matrix(ensemble.argmax(-1), labels, 10).numpy(),
         "feature_distance": pairwise_feature_distance(features, labels, 10).numpy(),
         "transfer_value": np.random.default_rng(seed).random(10),
-        **{f"tsne_{name}": values for name, values in embed_features(features[:, 0], labels, counts).items()},
+        **{f"sampled_{name}": values for name, values in sample_features(features[:, 0], labels, counts).items()},
     }
     if landscape:
         arrays |= {"landscape_magnitudes": np.linspace(-1, 1, 5)}

@@ -42,6 +42,14 @@ def test_a_command_hands_its_arguments_to_the_script(command, monkeypatch, launc
     assert launched == []
 
 
+@pytest.mark.parametrize("package", ["sklearn", "matplotlib.figure"])
+def test_packages_that_figures_alone_need_are_named(package, monkeypatch):
+    monkeypatch.delitem(sys.modules, "ecl_hf.training.figures", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match=r"^error: figures need pip install 'ecl-hf\[figures\]'"):
+        cli.main(["figures", "--run=x"])
+
+
 def test_launch_flags_go_to_accelerate_and_the_rest_to_the_script(launched):
     cli.main(
         ["train", "--recipe", "photos", "--num_processes", "4", "--epochs=3", "--mixed_precision=bf16", "--resume"]

@@ -36,9 +36,9 @@ from ecl_hf.data.pictures import BrokenPictureError, decode
 from ecl_hf.data.views import evaluation_view
 from ecl_hf.evidence.analysis import (
     collect_transfer,
-    embed_features,
     pairwise_feature_distance,
     posthoc_accuracy,
+    sample_features,
     shifted_accuracy,
 )
 from ecl_hf.evidence.classes import class_rows, classes_csv, mistakes, thumbnail
@@ -206,7 +206,7 @@ def class_tables(
 
 
 def class_arrays(predictions: Predictions, counts: list[int]) -> dict[str, np.ndarray]:
-    """Class accuracies (ensemble first), confusion of the ensemble, feature distances, t-SNE of the first expert."""
+    """Class accuracies (ensemble first), the ensemble's confusion, feature distances, features of the first expert."""
     labels, classes = predictions.labels, len(counts)
     arrays = {}
     for way, (combined, logits) in predictions.ways.items():
@@ -215,8 +215,8 @@ def class_arrays(predictions: Predictions, counts: list[int]) -> dict[str, np.nd
     ensemble = predictions.ensemble_logits.argmax(-1)
     arrays["confusion"] = confusion_matrix(ensemble, labels, classes).to(torch.int32).numpy()
     arrays["feature_distance"] = pairwise_feature_distance(predictions.features, labels, classes).numpy()
-    shown = embed_features(predictions.features[:, 0], labels, counts) if len(labels) >= 3 else {}
-    return arrays | {f"tsne_{name}": values for name, values in shown.items()}
+    sample = sample_features(predictions.features[:, 0], labels, counts)
+    return arrays | {f"sampled_{name}": values for name, values in sample.items()}
 
 
 def read_output(output: Path) -> dict[str, Any]:

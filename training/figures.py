@@ -24,17 +24,24 @@ from typing import Any
 import jinja2
 import numpy as np
 import yaml
-from matplotlib.figure import Figure
 
-from ecl_hf.evidence import plots
+from ecl_hf.evidence.analysis import embed_features
 from ecl_hf.evidence.classes import ranked_classes
-from ecl_hf.evidence.plots.fonts import drawable, fonts_for
-from ecl_hf.evidence.plots.style import short_names
 from ecl_hf.files import read_entries
 from ecl_hf.flags import FlagParser
 from ecl_hf.names import printable
 from ecl_hf.runs.folder import RunFolder, read_results, write_atomically
 from ecl_hf.terminal import speaking
+
+try:
+    import sklearn  # noqa: F401  (for t-SNE)
+    from matplotlib.figure import Figure
+
+    from ecl_hf.evidence import plots
+    from ecl_hf.evidence.plots.fonts import drawable, fonts_for
+    from ecl_hf.evidence.plots.style import short_names
+except ImportError as error:
+    raise ImportError(f"figures need pip install 'ecl-hf[figures]' ({error})") from error
 
 EVALUATE = Path(__file__).with_name("evaluate.py")
 TEMPLATE = Path(__file__).with_name("report_template.html")
@@ -208,6 +215,8 @@ def draw_all(
     errors = {run: test["test"]["plain"]["ensemble"]["ece"] for run, test in tests.items()}
     accuracies = {run: rows[0] for run, rows in of_runs(runs, "class_accuracy_plain").items()}
     distances = {run: rows for run, rows in of_runs(runs, "feature_distance").items() if len(rows)}
+    samples = of_runs(runs, "sampled_features", "sampled_labels")
+    embedded = {run: (embed_features(rows), labels) for run, (rows, labels) in samples.items() if len(rows) >= 3}
     epochs = {run: evidence.epochs for run, evidence in runs.items() if evidence.epochs}
     plan = {
         "class_histogram": (plots.plot_class_histogram, counts, names),
@@ -219,7 +228,7 @@ def draw_all(
         ),
         "fig4_experts": (plots.plot_expert_number, points(tables.get("fig4", []))),
         "fig5_weights": (plots.plot_loss_weights, points(tables.get("fig5", []))),
-        "fig6_tsne": (plots.plot_tsne, of_runs(runs, "tsne_points", "tsne_labels"), counts, names),
+        "fig6_tsne": (plots.plot_tsne, embedded, counts, names),
         "fig7_feature_distance": (plots.plot_feature_distance, distances, counts, names),
         "fig8_landscape": (
             plots.plot_landscape,

@@ -132,15 +132,10 @@ def pairwise_feature_distance(features: Tensor, labels: Tensor, num_classes: int
     return torch.stack(rows) if rows else features.new_zeros(0, num_classes)
 
 
-def embed_features(
-    features: Tensor,
-    labels: Tensor,
-    class_counts: Sequence[int],
-    max_classes: int = 10,
-    per_class: int = 100,
-    seed: int = 0,
+def sample_features(
+    features: Tensor, labels: Tensor, class_counts: Sequence[int], max_classes: int = 10, per_class: int = 100
 ) -> dict[str, np.ndarray]:
-    """t-SNE of one expert's test features (Fig. 6), of as many classes and images as a reader can tell apart.
+    """One expert's test features (Fig. 6) of as many classes and images as a reader can tell apart.
 
     Args:
         features: [N, D].
@@ -148,21 +143,29 @@ def embed_features(
         class_counts: [C]; of more than `max_classes` classes some are taken at equal distances of this ranking.
         max_classes: classes to show.
         per_class: first images of each class.
-        seed: of scikit-learn's t-SNE.
 
     Returns:
-        `points` [n, 2] and their `labels` [n].
+        `features` [n, D] and their `labels` [n].
     """
-    from sklearn.manifold import TSNE
-
     ranking = [c for c in class_ranking(class_counts).tolist() if (labels == c).any()]
     places = np.linspace(0, len(ranking) - 1, min(max_classes, len(ranking))).round().astype(int)
     rows = torch.cat([(labels == ranking[place]).nonzero()[:per_class, 0] for place in places])
-    if len(rows) < 3:
-        raise ValueError(f"t-SNE needs three images at least, got {len(rows)}")
-    perplexity = min(30.0, (len(rows) - 1) / 3)
-    points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(features[rows].numpy())
-    return {"points": points, "labels": labels[rows].numpy()}
+    return {"features": features[rows].numpy(), "labels": labels[rows].numpy()}
+
+
+def embed_features(features: np.ndarray, seed: int = 0) -> np.ndarray:
+    """t-SNE of features (Fig. 6), [n, D] -> [n, 2].
+
+    Raises:
+        ImportError: scikit-learn is not installed (`pip install 'ecl-hf[figures]'`).
+        ValueError: fewer than three images.
+    """
+    from sklearn.manifold import TSNE
+
+    if len(features) < 3:
+        raise ValueError(f"t-SNE needs three images at least, got {len(features)}")
+    perplexity = min(30.0, (len(features) - 1) / 3)
+    return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(features)
 
 
 def transfer_by_class(

@@ -17,6 +17,7 @@ from ecl_hf.evidence.analysis import (
     expert_pairs,
     pairwise_feature_distance,
     posthoc_accuracy,
+    sample_features,
     shifted_accuracy,
     shifted_prior,
     transfer_by_class,
@@ -110,11 +111,14 @@ def test_feature_distance_of_every_pair():
 def test_embedding_keeps_clusters_apart_and_shows_few_classes():
     labels = torch.arange(12).repeat_interleave(15)
     features = 20 * F.one_hot(labels, 12).float() + torch.randn(180, 12)
-    shown = embed_features(features, labels, list(range(12, 0, -1)), max_classes=3, per_class=10)
-    assert shown["points"].shape == (30, 2)
-    assert sorted(set(shown["labels"].tolist())) == [0, 6, 11]  # largest, middle, smallest
-    centres = {c: shown["points"][shown["labels"] == c].mean(0) for c in (0, 6, 11)}
-    for point, label in zip(shown["points"], shown["labels"], strict=True):
+    shown = sample_features(features, labels, list(range(12, 0, -1)), max_classes=3, per_class=10)
+    assert shown["features"].shape == (30, 12)
+    assert shown["labels"].tolist() == [0] * 10 + [6] * 10 + [11] * 10  # largest, middle, smallest
+    assert np.array_equal(shown["features"][10:20], features[90:100].numpy())
+    points = embed_features(shown["features"])
+    assert points.shape == (30, 2)
+    centres = {c: points[shown["labels"] == c].mean(0) for c in (0, 6, 11)}
+    for point, label in zip(points, shown["labels"], strict=True):
         assert min(centres, key=lambda c: math.dist(centres[c], point)) == label
 
 
