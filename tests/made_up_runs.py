@@ -49,7 +49,7 @@ def make_run(folder: Path, seed: int = 0, experts: int = 3, landscape: bool = Tr
         "reliability": {"plain": {"ensemble": reliability_table(ensemble.softmax(-1), labels)}},
         "posthoc": posthoc_accuracy(logits, logits.mean(1), labels, counts, [-1, 0.0, 1.0]),
         **class_tables(ensemble, labels, counts),
-        "shifted": shifted_accuracy(ensemble, labels, counts, "uniform"),
+        "shifted": shifted_accuracy(ensemble, labels, counts, [1] * 10),
     }
     arrays = {
         "class_accuracy_plain": class_accuracy(ensemble.argmax(-1), labels, 10)[None].numpy(),

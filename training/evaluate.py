@@ -169,7 +169,7 @@ def landscape_arrays(
     return {"landscape_loss": loss, "landscape_accuracy": accuracy, "landscape_magnitudes": np.array(MAGNITUDES)}
 
 
-def score_tables(predictions: Predictions, counts: list[int], logit_prior: str) -> dict[str, Any]:
+def score_tables(predictions: Predictions, counts: list[int], carried: torch.Tensor) -> dict[str, Any]:
     """Reliability of the ensemble and each expert, top-1 over tau, and top-1 under shifted test distributions."""
     ensemble = predictions.ensemble_logits
 
@@ -177,13 +177,12 @@ def score_tables(predictions: Predictions, counts: list[int], logit_prior: str) 
         return reliability_table(logits.double().softmax(-1), predictions.labels)
 
     return {
-        "logit_prior": logit_prior,
         "reliability": {
             way: {"ensemble": reliability(combined), "experts": [reliability(z) for z in logits.unbind(1)]}
             for way, (combined, logits) in predictions.ways.items()
         },
         "posthoc": posthoc_accuracy(predictions.expert_logits, ensemble, predictions.labels, counts, TAUS),
-        "shifted": shifted_accuracy(ensemble, predictions.labels, counts, logit_prior),
+        "shifted": shifted_accuracy(ensemble, predictions.labels, counts, carried),
     }
 
 
@@ -313,8 +312,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if args.output:
             batch = torch.zeros(SPEED_BATCH, *plain.config.pretrained_cfg["input_size"], device=plain.device)
             results |= {"images_per_second": measure_speed(plain, batch), "landscape_images": args.landscape_images}
-            results |= score_tables(predictions, counts, plain.config.logit_prior)
             carried = torch.as_tensor(plain.carried_prior())
+            results |= {"logit_prior": plain.config.logit_prior} | score_tables(predictions, counts, carried)
             results |= class_tables(predictions, data.test, counts, carried, config.max_pixels)
             write(args.output, old, results, arrays | class_arrays(predictions, counts))
     accelerator.end_training()

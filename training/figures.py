@@ -110,8 +110,9 @@ TEXTS = {
     "posthoc": (
         "Post-hoc logit adjustment (Eq. 4)",
         "Top-1 of the ensemble (bold) and of each expert over tau. Dotted: the optimum of theory, 1 where the logits "
-        "carry the training prior and 0 where training has taken it out (Eq. 3). Where the best tau lies elsewhere, "
-        "the bias that was learnt is not the one that was assumed. A tau chosen on the test set is no fair choice.",
+        "carry the training prior and 0 where training has taken it out (Eq. 3); there is none where they carry "
+        "another prior. Where the best tau lies elsewhere, the bias that was learnt is not the one that was assumed. "
+        "A tau chosen on the test set is no fair choice.",
         AGAIN,
     ),
     "shifted": (
@@ -210,7 +211,7 @@ def draw_all(
     tests = {run: evidence.evaluation for run, evidence in runs.items()}
     predicted = {run: matrix.sum(0) for run, matrix in of_runs(runs, "confusion").items()}
     tested = next((matrix.sum(1) for matrix in of_runs(runs, "confusion").values()), [])
-    theory = {run: float(test["logit_prior"] == "train") for run, test in tests.items()}
+    theory = {run: {"train": 1.0, "uniform": 0.0}.get(str(test["logit_prior"])) for run, test in tests.items()}
     ensembles = {run: test["reliability"]["plain"]["ensemble"] for run, test in tests.items()}
     errors = {run: test["test"]["plain"]["ensemble"]["ece"] for run, test in tests.items()}
     accuracies = {run: rows[0] for run, rows in of_runs(runs, "class_accuracy_plain").items()}

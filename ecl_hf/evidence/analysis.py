@@ -43,16 +43,11 @@ def shifted_prior(class_counts: Sequence[int], factor: float, backward: bool = F
     return weights / weights.sum()
 
 
-def _carried(class_counts: Sequence[int], logit_prior: str) -> list[int]:
-    """Class frequencies that a model's raw logits carry."""
-    return list(class_counts) if logit_prior == "train" else [1] * len(class_counts)
-
-
 def shifted_accuracy(
     logits: Tensor,
     labels: Tensor,
     class_counts: Sequence[int],
-    logit_prior: str,
+    carried: Sequence[float] | Tensor,
     factors: Sequence[float] = SHIFT_FACTORS,
 ) -> list[dict[str, str | float]]:
     """Top-1 under shifted test distributions, without and with the target prior (Eq. 2 and 4, tau = 1).
@@ -64,7 +59,7 @@ def shifted_accuracy(
         logits: [N, C].
         labels: [N]; classes without test image have no part.
         class_counts: training images of each class, [C].
-        logit_prior: prior that the logits carry, "uniform" or "train" (`ECLConfig`).
+        carried: class weights of the prior that the logits carry, [C].
         factors: largest frequency over the smallest.
 
     Returns:
@@ -78,7 +73,7 @@ def shifted_accuracy(
     rows = []
     for direction, factor in plan:
         prior = shifted_prior(class_counts, factor, direction == "backward")
-        shift = log_prior_shift(_carried(class_counts, logit_prior), prior)
+        shift = log_prior_shift(carried, prior)
         informed = class_accuracy(posthoc_adjust(logits, shift).argmax(-1), labels, len(class_counts))
         weights = prior[tested] / prior[tested].sum()
         scores = ((accuracy[tested] * weights).sum().item() for accuracy in (raw, informed))

@@ -43,7 +43,7 @@ def test_shifted_accuracy_against_drawn_subsets():
     """The weighted accuracy is what many random long-tailed subsets of the test set give on average."""
     labels = torch.arange(4).repeat_interleave(64)
     logits = torch.randn(256, 4) + 1.5 * F.one_hot(labels, 4)
-    rows = shifted_accuracy(logits, labels, COUNTS, "uniform", factors=(8,))
+    rows = shifted_accuracy(logits, labels, COUNTS, [1] * 4, factors=(8,))
     assert [(row["direction"], row["factor"]) for row in rows] == [("forward", 8), ("uniform", 1), ("backward", 8)]
     correct = logits.argmax(-1) == labels
     sizes = {"forward": [16, 64, 8, 32], "backward": [32, 8, 64, 16]}
@@ -60,13 +60,14 @@ def test_shifted_accuracy_against_drawn_subsets():
     assert rows[1]["top1"] == rows[1]["top1_target_prior"] == pytest.approx(correct.double().mean().item())
 
 
-def test_target_prior_takes_the_training_prior_out():
-    """Logits that carry the training prior lose it before the target prior comes in."""
+@pytest.mark.parametrize("carried", [COUNTS, [n**0.5 for n in COUNTS], [1, 2, 3, 4]])
+def test_target_prior_takes_the_carried_prior_out(carried):
+    """Logits that carry a prior lose it before the target prior comes in."""
     labels = torch.arange(4).repeat_interleave(50)
     clean = torch.randn(200, 4) + F.one_hot(labels, 4)
-    biased = clean + torch.tensor(COUNTS).log()
+    biased = clean + torch.tensor(carried).log()
     ours, theirs = (
-        shifted_accuracy(logits, labels, COUNTS, prior) for logits, prior in ((clean, "uniform"), (biased, "train"))
+        shifted_accuracy(logits, labels, COUNTS, prior) for logits, prior in ((clean, [1] * 4), (biased, carried))
     )
     for a, b in zip(ours, theirs, strict=True):
         assert a["top1_target_prior"] == pytest.approx(b["top1_target_prior"])
@@ -76,7 +77,7 @@ def test_target_prior_takes_the_training_prior_out():
 def test_classes_without_test_image_have_no_part_in_a_shifted_accuracy():
     labels = torch.tensor([0, 0, 1])
     logits = torch.tensor([[9.0, 0, 0, 0], [0, 9, 0, 0], [0, 9, 0, 0]])
-    rows = shifted_accuracy(logits, labels, COUNTS, "uniform", factors=(8,))
+    rows = shifted_accuracy(logits, labels, COUNTS, [1] * 4, factors=(8,))
     assert rows[0]["top1"] == pytest.approx((2 * 0.5 + 8 * 1) / 10)
 
 

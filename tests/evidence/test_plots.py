@@ -171,9 +171,9 @@ def test_block_sums_lose_no_image(size):
 
 def test_posthoc_and_shifted():
     curves = {"taus": [0.0, 1.0], "ensemble": [0.4, 0.5], "experts": [[0.3, 0.4]]}
-    axes = plots.plot_posthoc({"a": (curves, 1.0)}).axes[0]
+    axes = plots.plot_posthoc({"a": (curves, 1.0), "b": (curves, None)}).axes[0]
     assert lines(axes, "a")[1].tolist() == [40, 50]
-    assert [line.get_xdata() for line in axes.lines if list(line.get_xdata()) == [1.0, 1.0]]
+    assert [list(line.get_xdata()) for line in axes.lines if line.get_linestyle() == ":"] == [[1.0, 1.0]]
     rows = [
         {"direction": d, "factor": f, "top1": 0.3, "top1_target_prior": 0.4}
         for d, f in (("forward", 50.0), ("uniform", 1.0), ("backward", 50.0))

@@ -185,6 +185,23 @@ def test_card_names_no_hub_data_set_for_local_pictures(run):
     assert named.data.datasets == ["uoft-cs/cifar10"]
 
 
+@pytest.mark.parametrize(
+    ("prior", "said"),
+    [
+        ("uniform", "Raw logits suit data in which all classes are equally frequent"),
+        ("train", "rare classes are seldom predicted"),
+        ([0.0, -1.0, -2.0, -3.0], "Raw logits carry another class prior, neither uniform nor"),
+    ],
+)
+def test_card_says_which_prior_the_logits_carry(prior, said):
+    config = ECLConfig(class_counts=COUNTS, id2label=dict(enumerate(NAMES)), logit_prior=prior)
+    config.pretrained_cfg = {"input_size": [3, 32, 32]}
+    text = model_card(ROOT / "hub_cards" / "model_card.md", config, None).text
+    assert said in text
+    assert sum(text.count(part) for part in ("Raw logits suit", "Raw logits carry")) == 1
+    assert ("seldom" in text) == (prior == "train")
+
+
 def test_card_without_flip_where_mirroring_changes_the_class(run):
     card = model_card(ROOT / "hub_cards" / "model_card.md", load(run).config, results(3, horizontal_flip=False))
     assert "| ensemble | yes |" not in card.text

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import figures
@@ -140,6 +141,21 @@ def test_a_single_model_without_run_folder(tmp_path):
     assert "there is no metrics.jsonl beside the evaluation" in text
     assert "--landscape_images 1000" in text
     assert "unknown" in text
+
+
+def test_theory_has_an_optimal_tau_for_two_priors_alone(tmp_path, monkeypatch):
+    drawn = {}
+    names = [name for name in vars(figures.plots) if name.startswith("plot_")]
+    plots = {name: staticmethod(lambda data, *_, name=name: drawn.update({name: data})) for name in names}
+    monkeypatch.setattr(figures, "plots", type("Plots", (), plots))
+    evidence = figures.read_evidence(make_run(tmp_path / "run", landscape=False), None, 0)
+    priors = {"bc": "uniform", "ce": "train", "sade": [0.1] * 10}
+    runs = {
+        name: replace(evidence, evaluation=evidence.evaluation | {"logit_prior": prior}, arrays={})
+        for name, prior in priors.items()
+    }
+    figures.draw_all(runs, {}, list("abcdefghij"))
+    assert {name: theory for name, (_, theory) in drawn["plot_posthoc"].items()} == {"bc": 0, "ce": 1, "sade": None}
 
 
 def test_runs_on_other_data_are_not_compared(tmp_path):

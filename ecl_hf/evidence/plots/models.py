@@ -175,14 +175,15 @@ def plot_posthoc(runs: Runs) -> Figure:
     """Top-1 after post-hoc logit adjustment over tau (Eq. 4): ensembles thick, experts thin.
 
     Args:
-        runs: name -> (`posthoc_accuracy`, tau that theory has for the model: 1 with the training prior, else 0).
+        runs: name -> (`posthoc_accuracy`, tau that theory has for the model; None for no such line).
     """
     figure, (axes,) = make_panels(1, width=6.0, height=3.6)
     for colour, (name, (curves, theory)) in zip(cycle(COLOURS), runs.items(), strict=False):
         for expert in curves["experts"]:
             axes.plot(curves["taus"], 100 * np.array(expert), color=colour, alpha=0.35, linewidth=0.9)
         axes.plot(curves["taus"], 100 * np.array(curves["ensemble"]), color=colour, label=name)
-        axes.axvline(theory, color=colour, linestyle=":", linewidth=1.2)
+        if theory is not None:
+            axes.axvline(theory, color=colour, linestyle=":", linewidth=1.2)
     axes.set_xlabel("τ")
     axes.set_ylabel("top-1 in %")
     shared_legend(figure, axes, len(runs))
