@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ecl_hf.data.features import FeatureDataset, feature_loader, in_batches
+from ecl_hf.data.features import FeatureDataset, digest_pictures, feature_loader, in_batches
 from ecl_hf.data.loaders import ViewDataset, draw_seed, evaluation_loader, train_loader
 from ecl_hf.data.longtailed import load_longtailed
 from ecl_hf.data.official import BENCHMARKS
@@ -344,24 +344,24 @@ class Session:
         """Let the frozen encoder look at all pictures once, or read what it saw, and train on that from here on."""
         accelerator = self.accelerator
         parts = {"train": self.data.train, "val": self.data.val, "test": self.data.test}
-        labels = [labels_of(pictures).tolist() for pictures in parts.values() if pictures is not None]
-        about = json.dumps([self.recipe.data.horizontal_flip, self.model.config.pretrained_cfg, labels])
-        fingerprint = hashlib.sha256(about.encode() + self.encoder.digest()).hexdigest()
-        kept = read_features(self.run.features_file, fingerprint) if accelerator.is_main_process else None
-        [there] = broadcast_object_list([kept is not None])
+        parts = {part: pictures for part, pictures in parts.items() if pictures is not None}
+        fingerprint = kept = None
+        if accelerator.is_main_process:
+            fingerprint = self._fingerprint(parts)
+            kept = read_features(self.run.features_file, fingerprint)
+        [there, fingerprint] = broadcast_object_list([kept is not None, fingerprint])
         if not there:
             started, kept = time.perf_counter(), {}
             for part, pictures in parts.items():
-                if pictures is not None:
-                    loader = self._evaluation_loader(pictures)
-                    batches = tqdm(loader, f"features, {part}", disable=not accelerator.is_main_process, leave=False)
-                    mirrored = part == "test" or (part == "train" and self.recipe.data.horizontal_flip)
-                    with refusing(self.recipe):
-                        found = encode(self.encoder, batches, mirrored, accelerator.gather_for_metrics)
-                    kept |= {f"{part}.{name}": tensor for name, tensor in found.items()}
+                loader = self._evaluation_loader(pictures)
+                batches = tqdm(loader, f"features, {part}", disable=not accelerator.is_main_process, leave=False)
+                mirrored = part == "test" or (part == "train" and self.recipe.data.horizontal_flip)
+                with refusing(self.recipe):
+                    found = encode(self.encoder, batches, mirrored, accelerator.gather_for_metrics)
+                kept |= {f"{part}.{name}": tensor for name, tensor in found.items()}
             if accelerator.is_main_process:
                 write_features(self.run.features_file, kept, fingerprint)
-            images = sum(len(pictures) for pictures in parts.values() if pictures is not None)
+            images = sum(map(len, parts.values()))
             self.progress.feature_seconds += time.perf_counter() - started
             self.say(f"features of {images} pictures: {self.progress.feature_seconds:.1f} s; kept in the run folder")
         elif not accelerator.is_main_process:
@@ -375,6 +375,13 @@ class Session:
         broken = torch.nonzero(~kept["train.there"])[:, 0].tolist()
         self.progress.broken = pictures.defects(broken)
         self.kept = kept
+
+    def _fingerprint(self, parts: dict[str, datasets.Dataset]) -> str:
+        """Of all that the features of pictures depend on."""
+        data, model = self.recipe.data, self.model.config
+        pictures = [[part, digest_pictures(rows), labels_of(rows).tolist()] for part, rows in parts.items()]
+        views = [data.horizontal_flip, data.max_pixels, model.architecture, model.model_args, model.pretrained_cfg]
+        return hashlib.sha256(json.dumps([pictures, views]).encode() + self.encoder.digest()).hexdigest()
 
     def _start_heads(self) -> None:
         """Give the heads of a new stage the class means to start from, if the recipe asks for them."""

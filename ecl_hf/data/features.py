@@ -1,15 +1,23 @@
 """Batches of kept features in the place of pictures, drawn by the same samplers."""
 
+import hashlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ecl_hf.data.loaders import EpochSampler, Pick
+from ecl_hf.data.overview import file_size
+from ecl_hf.data.pictures import content
 from ecl_hf.data.samplers import Sampler, instance
+
+MOST_READ, MOST_BYTES = 10_000, 1 << 28
+"""Pictures of a part, and bytes of them, that are read to know them again: seconds, however large the set is."""
 
 
 class FeatureDataset(torch.utils.data.Dataset):
@@ -94,3 +102,33 @@ def in_batches(features: Tensor, labels: Tensor, batch_size: int = 4096) -> list
     views = dict(zip(("pixel_values", "mirrored_pixel_values"), features, strict=False)) | {"labels": labels}
     parts = zip(*(tensor.split(batch_size) for tensor in views.values()), strict=True)
     return [dict(zip(views, part, strict=True)) for part in parts]
+
+
+def digest_pictures(pictures: datasets.Dataset) -> str:
+    """SHA-256 of which pictures a part has, row by row, wherever its folder lies.
+
+    Counted are the names below the folder that all files have in common, the sizes of files, and the contents: of all
+    pictures, or in a large set of some from all over it.
+
+    Args:
+        pictures: with a column `image`.
+    """
+    stored = pictures.select_columns("image").cast_column("image", datasets.Image(decode=False))
+    columns = stored.flatten()  # so that no content is read for the names
+    names = columns.select_columns("image.path").with_format("arrow")[:]["image.path"].to_pylist()
+    found = hashlib.sha256(str(len(names)).encode())
+    if columns.data.column("image.bytes").null_count == columns.data.num_rows:
+        paths = [os.path.abspath(name) for name in names if name]  # noqa: PTH100 (fast)
+        start = len(os.path.commonpath(map(os.path.dirname, paths))) if paths else 0
+        names = [name and f"{os.path.abspath(name)[start:]} {file_size(name)}" for name in names]  # noqa: PTH100
+    found.update("\n".join(map(repr, names)).encode())
+    read = 0
+    for row in np.random.default_rng(0).permutation(len(names))[:MOST_READ].tolist():
+        try:
+            file = content(stored[row]["image"])
+        except (OSError, ValueError):  # it is a broken picture, and named where it is decoded
+            file = b""
+        found.update(hashlib.sha256(file).digest())
+        if (read := read + len(file)) > MOST_BYTES:
+            break
+    return found.hexdigest()

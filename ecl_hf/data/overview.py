@@ -146,7 +146,7 @@ def _inventory(parts: Mapping[str, datasets.Dataset]) -> list[Stored]:
         for row, entry in enumerate(pictures):
             record = entry["image"] or {"path": None, "bytes": None}
             if record["bytes"] is None:
-                size, digest = _file_size(record["path"]), None
+                size, digest = file_size(record["path"]), None
             else:
                 size, digest = len(record["bytes"]), hashlib.sha256(record["bytes"]).digest()
                 read += size
@@ -163,7 +163,7 @@ def _grouped(pictures: Iterable[Stored], key: str) -> list[list[Stored]]:
     return list(groups.values())
 
 
-def _file_size(path: str | None) -> int:
+def file_size(path: str | None) -> int:
     """Bytes of a file; 0 if it is not there."""
     try:
         return os.stat(path).st_size  # noqa: PTH116 (fast)

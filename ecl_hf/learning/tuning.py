@@ -223,7 +223,7 @@ def encode(
 
 
 def read_features(file: Path, fingerprint: str) -> dict[str, Tensor] | None:
-    """Kept tensors, if the file is whole and was made from the same pictures by the same encoder; else None."""
+    """Kept tensors, if the file is whole and has this fingerprint, of pictures, views and encoder; else None."""
     try:
         with safe_open(file, "pt") as kept:
             if (kept.metadata() or {}).get("fingerprint") != fingerprint:

@@ -1,10 +1,13 @@
 """Batches of kept features."""
 
+import datasets
 import numpy as np
 import pytest
 import torch
 
-from ecl_hf.data.features import FeatureDataset, feature_loader
+from ecl_hf.data import features
+from ecl_hf.data.features import FeatureDataset, digest_pictures, feature_loader
+from ecl_hf.data.folders import pictures
 from ecl_hf.data.samplers import class_balanced, instance
 
 
@@ -49,3 +52,54 @@ def test_next_picture_takes_the_place_of_a_broken_one():
     assert torch.equal(batch["labels"].float(), batch["pixel_values"][:, 0] % 100 % 3)
     with pytest.raises(ValueError, match="none of the 12"):
         dataset(torch.zeros(12, dtype=torch.bool))
+
+
+def folder(root, contents=(b"ab", b"cd", b"ef", b"gh")):
+    """Two classes of two pictures each."""
+    files = [root / f"c{n // 2}" / f"{n}.png" for n in range(4)]
+    for file, content in zip(files, contents, strict=True):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    return pictures([str(file) for file in files], np.arange(4) // 2, ["c0", "c1"])
+
+
+def table(contents=(b"ab", b"cd", b"ef", b"gh")):
+    columns = {"image": [{"bytes": content, "path": None} for content in contents], "label": [0, 0, 1, 1]}
+    return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+
+
+def test_pictures_are_known_again_in_another_place(tmp_path, monkeypatch):
+    whole = digest_pictures(folder(tmp_path / "a" / "here"))
+    assert digest_pictures(folder(tmp_path / "b" / "there")) == whole
+    monkeypatch.chdir(tmp_path / "a")
+    assert digest_pictures(folder((tmp_path / "a" / "here").relative_to(tmp_path / "a"))) == whole
+    assert digest_pictures(table()) == digest_pictures(table())
+
+
+@pytest.mark.parametrize("make", [folder, lambda _, *contents: table(*contents)], ids=["folder", "table"])
+def test_other_pictures_of_the_same_labels_are_told_apart(make, tmp_path):
+    whole = make(tmp_path / "whole")
+    replaced = make(tmp_path / "replaced", (b"ab", b"cd", b"XY", b"gh"))
+    longer = make(tmp_path / "longer", (b"ab", b"cd", b"efg", b"gh"))
+    sets = [whole, replaced, longer, *(whole.select(rows) for rows in ([0, 2], [1, 2], [2, 0], [1, 0, 2, 3]))]
+    assert len({digest_pictures(each) for each in sets}) == len(sets)
+
+
+def test_of_a_large_set_names_and_sizes_of_all_count_and_some_contents(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "MOST_READ", 1)
+    contents = [b"ab", b"cd", b"ef", b"gh"]
+    whole, same = digest_pictures(folder(tmp_path / "whole", contents)), []
+    for n in range(4):
+        other = [*contents[:n], b"XY", *contents[n + 1 :]]
+        same.append(digest_pictures(folder(tmp_path / "other", other)) == whole)
+        other[n] += b"Z"
+        assert digest_pictures(folder(tmp_path / "longer", other)) != whole
+    assert sorted(same) == [False, True, True, True]
+
+
+def test_files_that_are_not_there_don_t_stand_in_the_way(tmp_path):
+    whole = folder(tmp_path)
+    before = digest_pictures(whole)
+    (tmp_path / "c0" / "1.png").unlink()
+    assert digest_pictures(whole) != before
+    assert digest_pictures(table([None] * 4)) != digest_pictures(table())

@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from train import main
 
@@ -21,6 +23,8 @@ from ecl_hf.methods.base import Method, Stage
 from ecl_hf.runs.recipe import Recipe
 from tests.training.test_train_script import TINY, assert_same_run, fresh_accelerate  # noqa: F401 (a fixture)
 
+SMALL = [flag for flag in TINY if not flag.startswith(("--data.source", "--data.max_count", "--data.imbalance_factor"))]
+
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
@@ -35,7 +39,8 @@ def pretrained(tmp_path_factory):
 def train(pretrained, tmp_path):
     def run(name, *flags):
         head = [f"--model.pretrained={pretrained}", "--model.tune=head"]
-        return main([*TINY, *head, f"--output_dir={tmp_path / name}", *flags])
+        tiny = SMALL if any(flag.startswith("--data.path") for flag in flags) else TINY
+        return main([*tiny, *head, f"--output_dir={tmp_path / name}", *flags])
 
     return run
 
@@ -130,6 +135,23 @@ def test_interrupted_run_on_kept_features_is_the_uninterrupted_one(train, tmp_pa
     (tmp_path / "another").mkdir()
     shutil.copy(whole / "features.safetensors", tmp_path / "another")
     assert_same_run(whole, train("another", *flags))
+
+
+def test_features_of_another_split_are_not_taken_for_its_own(train, tmp_path):
+    """Of class folders every split has the same labels in the same order."""
+    noise = np.random.RandomState(0).randint(0, 256, (24, 8, 8, 3)).astype(np.uint8)
+    for n, picture in enumerate(noise):
+        file = tmp_path / f"pictures/c{n % 2}/{n}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(file)
+    flags = [f"--data.path={tmp_path / 'pictures'}", "--data.profile=as_is", "--data.test_fraction=0.25"]
+    flags += ["--method=bc", "--train.max_steps=1"]
+    first = train("first", *flags)
+    (tmp_path / "other").mkdir()
+    shutil.copy(first / "features.safetensors", tmp_path / "other")
+    other = train("other", *flags, "--data.split_seed=1")
+    ours, theirs = (load_file(run / "features.safetensors")["test.features"] for run in (other, first))
+    assert not torch.equal(ours, theirs)
 
 
 def test_run_ends_when_it_does_not_get_better(train):
