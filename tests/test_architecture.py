@@ -25,7 +25,7 @@ PUBLISHED = {
 ALLOWED = PUBLISHED | {
     "__init__": {"configuration_ecl", "heads", "modeling_ecl"},
     "pipeline": set(),
-    "cli": set(),
+    "cli": {"terminal"},
     "checks": set(),
     "flags": set(),
     "names": set(),

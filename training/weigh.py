@@ -6,10 +6,13 @@ python training/evaluate.py --model weighted --recipe runs/sade/recipe.yaml
 
 Nothing is trained but one number for each expert: the experts' predictions of two random views of each picture shall be
 alike. No label is read. Scores of the written model on these pictures are transductive, and its configuration says so.
+Where experts carry different class priors, as SADE's do, `target_prior` goes on to take out that of their plain mean:
+with unequal weights it is approximate.
 """
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import datasets
@@ -28,6 +31,8 @@ from ecl_hf.data.longtailed import load_longtailed
 from ecl_hf.data.views import agreement_view
 from ecl_hf.evidence.weighing import stable_weights
 from ecl_hf.flags import FlagParser
+from ecl_hf.names import printable
+from ecl_hf.publishing.words import data_name, tested_part
 from ecl_hf.runs.folder import RunFolder
 from ecl_hf.runs.recipe import Recipe
 from ecl_hf.terminal import refusing, speaking
@@ -63,8 +68,8 @@ def unlabelled(args: Namespace) -> tuple[datasets.Dataset, str]:
     data = Recipe.from_file(RunFolder(args.run).recipe_file).data
     test = load_longtailed(data).test
     stored = test.select_columns("image").add_column("label", [0] * len(test))
-    where = f"a part of {data.train_split}" if data.test_fraction else f"the split {data.test_split}"
-    return stored, f"{len(test)} test pictures, {where} of {data.source}"
+    told = asdict(data)
+    return stored, f"{len(test)} test pictures, {tested_part(told)} of {printable(data_name(told))}"
 
 
 def check(model: ECLForImageClassification, source: str) -> None:

@@ -29,6 +29,7 @@ from ecl_hf.evidence.metrics import shot_groups
 from ecl_hf.heads import ECLHead
 from ecl_hf.modeling_ecl import ECLForImageClassification
 from ecl_hf.names import in_markdown, printable
+from ecl_hf.publishing.words import data_name, last_name
 from ecl_hf.repository import explain_hub_errors, upload_directory
 
 METRICS = {
@@ -69,17 +70,6 @@ def percent(value: float | None) -> str:
     return "none" if value is None else f"{100 * value:.1f}"
 
 
-def _data_name(results: dict[str, Any], dataset: str | None) -> str:
-    data = results["recipe"]["data"]
-    published_list = "/" not in data["source"] and data["source"] != "digits"  # such as imagenet_lt, over any folder
-    return dataset or (data["source"] if published_list else _last_name(data["path"]) or data["source"])
-
-
-def _last_name(path: str | None) -> str | None:
-    """Without the folders above, which are nobody's business."""
-    return path and Path(path).name
-
-
 def _cell(text: str) -> str:
     """A class name as it can stand in a table of a card."""
     return in_markdown(text)
@@ -87,7 +77,7 @@ def _cell(text: str) -> str:
 
 def _eval_results(results: dict[str, Any], dataset: str | None, expert: int | None) -> list[EvalResult]:
     """The scores of the ensemble or of one expert without flip, in the Hub's form."""
-    name, test = _data_name(results, dataset), results["test"]["plain"]
+    name, test = data_name(results["recipe"]["data"], dataset), results["test"]["plain"]
     scores = test["ensemble"] if expert is None else test["experts"][expert]
     return [
         EvalResult(
@@ -189,7 +179,8 @@ def model_card(
     counts = config.class_counts
     names = [_cell(config.id2label[c]) for c in range(config.num_labels)]
     if recipe:
-        recipe = {**recipe, "data": {**recipe["data"], "path": _last_name(recipe["data"].get("path"))}}
+        path = recipe["data"].get("path")
+        recipe = {**recipe, "data": {**recipe["data"], "path": path and last_name(path)}}
     return ModelCard.from_template(
         metadata,
         template_path=template,
@@ -198,7 +189,7 @@ def model_card(
         results=results,
         rows=_rows(results) if results else None,
         test=results["test"] if results else None,
-        data_name=_data_name(results, dataset) if results else None,
+        data_name=data_name(recipe["data"], dataset) if recipe else None,
         recipe_yaml=yaml.safe_dump(recipe, sort_keys=False).strip() if recipe else None,
         classes=list(zip(names, counts, strict=True)) if counts else None,
         groups={name: int(mask.sum()) for name, mask in shot_groups(counts).items()} if counts else None,

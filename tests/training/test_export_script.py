@@ -200,6 +200,7 @@ def test_card_says_which_prior_the_logits_carry(prior, said):
     assert said in text
     assert sum(text.count(part) for part in ("Raw logits suit", "Raw logits carry")) == 1
     assert ("seldom" in text) == (prior == "train")
+    assert ("a weighted mean, `target_prior` is approximate" in text) == isinstance(prior, list)
 
 
 def test_card_without_flip_where_mirroring_changes_the_class(run):

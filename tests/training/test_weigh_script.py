@@ -9,6 +9,7 @@ import pytest
 import torch
 import weigh
 from accelerate.state import AcceleratorState, PartialState
+from jsonargparse import Namespace
 from PIL import Image
 from torch.testing import assert_close
 from train import main as train
@@ -51,6 +52,18 @@ def test_the_test_pictures_of_a_run(run, tmp_path, capsys):
     evaluate.main([f"--model={tmp_path / 'weighted'}", f"--recipe={run / 'recipe.yaml'}", f"--output={output}"])
     assert json.loads(output.read_text())["weighted_on"] == model.config.weighted_on
     assert "weights were found on 400 test pictures" in capsys.readouterr().out
+
+
+def test_own_pictures_are_called_by_their_folder(tmp_path, monkeypatch):
+    for n in range(14):
+        file = tmp_path / "patient 7" / "my foxes" / f"class {n % 2}" / f"{n}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (9 * n, 0, 0)).save(file)
+    monkeypatch.chdir(file.parents[1])
+    for path in (str(file.parents[1]), "."):
+        (tmp_path / "recipe.yaml").write_text(f"data: {{path: '{path}', profile: as_is, test_fraction: 0.28}}")
+        _, what = weigh.unlabelled(Namespace(images=[], run=tmp_path))
+        assert what == "4 test pictures, a held-out part of the split train of my foxes"
 
 
 def test_views_that_do_not_differ_weigh_all_experts_alike(run, tmp_path, monkeypatch):
