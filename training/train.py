@@ -87,7 +87,7 @@ def in_steps(batches: Iterable[dict], size: int) -> Iterator[list[dict]]:
 
 @speaking()
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Train a method's stages, evaluate the last epoch and write the run folder, whose path is returned."""
+    """Train a method's stages, test the model and write the run folder, whose path is returned."""
     return run_recipe(*parse(argv))
 
 

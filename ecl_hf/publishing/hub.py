@@ -29,7 +29,7 @@ from ecl_hf.evidence.metrics import shot_groups
 from ecl_hf.heads import ECLHead
 from ecl_hf.modeling_ecl import ECLForImageClassification
 from ecl_hf.names import in_markdown, printable
-from ecl_hf.publishing.words import data_name, last_name
+from ecl_hf.publishing.words import data_name, last_name, tested_epoch, tested_part
 from ecl_hf.repository import explain_hub_errors, upload_directory
 
 METRICS = {
@@ -77,14 +77,15 @@ def _cell(text: str) -> str:
 
 def _eval_results(results: dict[str, Any], dataset: str | None, expert: int | None) -> list[EvalResult]:
     """The scores of the ensemble or of one expert without flip, in the Hub's form."""
-    name, test = data_name(results["recipe"]["data"], dataset), results["test"]["plain"]
+    data, test = results["recipe"]["data"], results["test"]["plain"]
+    name = data_name(data, dataset)
     scores = test["ensemble"] if expert is None else test["experts"][expert]
     return [
         EvalResult(
             task_type="image-classification",
             dataset_type=name,
             dataset_name=name,
-            dataset_split=results["recipe"]["data"]["test_split"],
+            dataset_split=None if data.get("test_fraction") else data["test_split"],
             metric_type=kind,
             metric_name=title,
             metric_value=round(scores[key], 4),
@@ -97,7 +98,8 @@ def _eval_results(results: dict[str, Any], dataset: str | None, expert: int | No
 def evaluation_entries(results: dict[str, Any], dataset: str, expert: int | None) -> list[dict[str, Any]]:
     """The same scores as entries of a file in `.eval_results/`, from which the Hub makes its leaderboards.
 
-    A score appears on the leaderboard of the data set if that defines a task of the metric's name.
+    A score appears on the leaderboard of the data set if that defines a task of the metric's name. There is none for a
+    run that was not tested on the data set's own test split (`test_fraction`).
 
     Args:
         results: content of `results.json`.
@@ -109,7 +111,8 @@ def evaluation_entries(results: dict[str, Any], dataset: str, expert: int | None
     profile = data["profile"]
     if profile != "as_is":
         profile += f", imbalance factor {data['imbalance_factor']:g}, split seed {data['split_seed']}"
-    notes = f"{which}, no test-time flip; trained on a long-tailed part ({profile}), tested on {data['test_split']}"
+    trained = f"trained on a long-tailed part ({profile}), tested on {tested_part(data)}"
+    notes = f"{which}, no test-time flip; {trained} after {tested_epoch(results)}"
     entries = [
         EvalResultEntry(dataset, result.metric_type, result.metric_value, notes=notes)
         for result in _eval_results(results, dataset, expert)
@@ -190,6 +193,8 @@ def model_card(
         rows=_rows(results) if results else None,
         test=results["test"] if results else None,
         data_name=data_name(recipe["data"], dataset) if recipe else None,
+        tested_part=in_markdown(tested_part(recipe["data"])) if recipe else None,
+        tested_epoch=tested_epoch(results) if results else None,
         recipe_yaml=yaml.safe_dump(recipe, sort_keys=False).strip() if recipe else None,
         classes=list(zip(names, counts, strict=True)) if counts else None,
         groups={name: int(mask.sum()) for name, mask in shot_groups(counts).items()} if counts else None,
@@ -218,7 +223,8 @@ def write_card(
             plot_class_histogram(config.class_counts, drawable(names, lost)).savefig(directory / plot, dpi=150)
     model_card(template, config, results, plot=plot, **kwargs).save(directory / "README.md")
     dataset = hub_dataset(results, kwargs.get("dataset"))
-    if results and dataset and HUB_ID.fullmatch(dataset):
+    own_test = results and not results["recipe"]["data"].get("test_fraction")
+    if own_test and dataset and HUB_ID.fullmatch(dataset):
         entries = evaluation_entries(results, dataset, kwargs.get("expert"))
         folder = directory / ".eval_results"
         folder.mkdir()

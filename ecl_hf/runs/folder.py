@@ -1,7 +1,7 @@
 """The run folder: the evidence of a run, read by everything that comes later.
 
 recipe.yaml      the resolved recipe         metrics.jsonl   a line per epoch
-model/           the published model         results.json    test metrics of the last epoch
+model/           the published model         results.json    test metrics of this model
 checkpoints/     resumable state             classes.csv     the same of each class, the worst one first
 features.safetensors   of a frozen encoder, if heads alone are trained
 """

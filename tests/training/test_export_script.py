@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
 
 from ecl_hf import ECLConfig, ECLForImageClassification
-from ecl_hf.publishing.hub import best_expert, model_card
+from ecl_hf.publishing.hub import best_expert, model_card, write_card
 from ecl_hf.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -201,6 +201,22 @@ def test_card_says_which_prior_the_logits_carry(prior, said):
     assert sum(text.count(part) for part in ("Raw logits suit", "Raw logits carry")) == 1
     assert ("seldom" in text) == (prior == "train")
     assert ("a weighted mean, `target_prior` is approximate" in text) == isinstance(prior, list)
+
+
+def test_scores_on_held_out_pictures_are_not_told_as_those_of_the_test_split(run, tmp_path):
+    told = {**results(3, test_fraction=0.2, train_split="train"), "finished": True}
+    told["recipe"]["data"]["val_fraction"] = 0.1
+    config = ECLConfig.from_pretrained(run.model)
+    for name, expert in (("model_card.md", None), ("timm_card.md", 1)):
+        write_card(tmp_path, ROOT / "hub_cards" / name, config, told, expert=expert)
+        assert not (tmp_path / ".eval_results").exists()
+        card = ModelCard.load(tmp_path / "README.md")
+        assert {result.dataset_split for result in card.data.eval_results} == {None}
+        assert "4000 images, a held-out part of the split train" in card.text
+        assert "after the epoch that was the best on validation pictures" in card.text
+        assert "the split test" not in card.text
+    unfinished = model_card(ROOT / "hub_cards" / "model_card.md", config, {**told, "finished": False})
+    assert "after the last epoch" in unfinished.text
 
 
 def test_card_without_flip_where_mirroring_changes_the_class(run):
