@@ -36,7 +36,7 @@ ALLOWED = PUBLISHED | {
     "data": {"checks", "files", "names"},
     "runs": {"checks", "data.config", "learning.config", "methods", "publishing.config", *PUBLISHED},
     "evidence": {"losses", "names", "runs", *PUBLISHED},
-    "publishing": {"checks", "names", "evidence", *PUBLISHED},
+    "publishing": {"checks", "names", "evidence", "data.pictures", *PUBLISHED},
     "session": {"checks", "data", "evidence", "learning", "methods", "publishing", "runs", *PUBLISHED},
 }
 SCRIPTS = sorted(path.stem for path in (ROOT / "training").glob("[!_]*.py"))

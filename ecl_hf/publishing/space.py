@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from ecl_hf.configuration_ecl import ECLConfig
+from ecl_hf.data.pictures import content, defect
 from ecl_hf.modeling_ecl import ECLForImageClassification
 from ecl_hf.repository import explain_hub_errors
 
@@ -202,12 +203,13 @@ def copy_examples(folder: Path, files: Sequence[Path]) -> list[str]:
     copies = []
     for number, file in enumerate(files):
         try:
-            with Image.open(file) as picture:
-                picture.load()
-        except OSError as error:
-            raise ValueError(f"example {file} is no picture that can be read: {error}") from error
+            picture = {"bytes": content({"bytes": None, "path": str(file)}), "path": None}  # as it is checked
+        except (OSError, ValueError) as error:
+            raise ValueError(f"example {file} can't be read: {error}") from error
+        if reason := defect(picture):
+            raise ValueError(f"example {file} is no picture that can be read: {reason}")
         copies.append(f"examples/{number}{file.suffix.lower()}")
-        shutil.copyfile(file, folder / copies[-1])
+        (folder / copies[-1]).write_bytes(picture["bytes"])
     return copies
 
 

@@ -5,10 +5,12 @@ import os
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import time
 import urllib.request
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -103,6 +105,31 @@ def test_an_example_that_is_no_picture_is_named(folder, tmp_path):
             [f"--model={folder / 'model'}", f"--space={tmp_path / 'demo'}", f"--examples={tmp_path / 'no.png'}"]
         )
     assert [path.name for path in tmp_path.iterdir()] == ["no.png"]
+
+
+def empty_png(width: int, height: int) -> bytes:
+    """What says that it has so many pixels, and has none."""
+    parts = (b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0), b"IDAT")
+    chunks = [struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda file: file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "of an unknown format"),
+        (os.mkfifo, "no regular file"),
+        (lambda file: file.write_bytes(empty_png(8, 8) + bytes(8)), "broken PNG"),
+        (lambda file: file.write_bytes(empty_png(1, 30_000)), "a side is more than 100 times the other"),
+        (lambda file: file.write_bytes(empty_png(60_000, 60_000)), "3600000000 pixels"),
+    ],
+    ids=["postscript", "pipe", "damaged", "thin", "bomb"],
+)
+def test_examples_are_read_as_carefully_as_other_pictures(make, said, tmp_path):
+    make(tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match=rf"^example .*a\.jpg .*{said}"):
+        space.copy_examples(tmp_path, [tmp_path / "a.jpg"])
+    assert list((tmp_path / "examples").iterdir()) == []
 
 
 def test_upload_makes_a_space(folder, tmp_path, monkeypatch):
