@@ -429,12 +429,13 @@ class Session:
         [checkpoint] = broadcast_object_list([self.checkpoint])
         if accelerator.is_main_process and not checkpoint:
             self._describe_data()
-        self.progress = Progress(commit=self.environment["commit"])
+        sizes = (sum(self.data.class_counts), recipe.batch_size)
+        self.progress = Progress(commit=self.environment["commit"]).counted_anew(*sizes)
         try:
             if checkpoint:
                 self.progress = self.run.read_progress(checkpoint)
-                sizes = (len(self.method.stages), recipe.epochs, self.steps_per_epoch, self.accumulation)
-                self.progress.check(*sizes)
+                self.progress.check(self.stage_epochs, *sizes, self.accumulation)
+                self.progress = self.progress.counted_anew(*sizes)
                 self.last_step = max(self.last_step, self.progress.step)  # train.max_steps may lie behind by now
                 for stage in range(1, self.progress.stage + 1):
                     fold_heads(self.model)

@@ -12,7 +12,8 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -43,6 +44,9 @@ FREE_TO_CHANGE = (
 MAX_LOG = 1 << 28
 """Bytes of `metrics.jsonl`."""
 
+OF_EVERY_LINE = ("epoch", "stage", "step", "images_per_second", "lr")
+"""Entries of a line of `metrics.jsonl` beside the losses."""
+
 PACKAGES = ("ecl-hf", "torch", "torchvision", "timm", "transformers", "datasets", "accelerate")
 
 
@@ -68,6 +72,8 @@ class Progress:
         feature_seconds: time in which a frozen encoder looked at the pictures.
         ended: whether the run came to its end before its last epoch, since it did not get better.
         missing: micro-batches of the running epoch that are not in its sums, because their step was left out.
+        images: training pictures; None in a checkpoint of an older version, as the next one.
+        batch_size: of an optimiser step.
     """
 
     stage: int = 0
@@ -88,6 +94,8 @@ class Progress:
     mixed_precision: str | None = None
     peak_memory: int = 0
     feature_seconds: float = 0.0
+    images: int | None = None
+    batch_size: int | None = None
 
     @classmethod
     def read(cls, file: Path) -> "Progress":
@@ -109,27 +117,42 @@ class Progress:
                 raise ValueError(f"{file}: {name} can't be {repr(value)[:80]}")
         return cls(**values)
 
-    def check(self, stages: int, epochs: int, steps_per_epoch: int, accumulation: int) -> None:
-        """See that a run of these sizes can have come so far; ValueError says why not.
+    def check(self, stage_epochs: Sequence[int], images: int, batch_size: int, accumulation: int) -> None:
+        """See that a run of these sizes can have come so far, or can go on from there; ValueError says why not.
 
         Args:
-            stages: of the method.
-            epochs: of the recipe.
-            steps_per_epoch: optimiser steps.
+            stage_epochs: epochs of each stage.
+            images: training pictures.
+            batch_size: of an optimiser step.
             accumulation: micro-batches of a step.
         """
-        if self.stage >= stages or self.epoch > epochs or self.step > epochs * steps_per_epoch:
+        ends = [sum(stage_epochs[:stage]) for stage in range(self.stage, self.stage + 2)]
+        if self.stage >= len(stage_epochs) or not ends[0] <= self.epoch <= ends[1] - (self.batch > 0):
             raise ValueError(
-                f"stage {self.stage + 1}, epoch {self.epoch}, step {self.step} is beyond the recipe's end "
-                f"({stages} stages, {epochs} epochs of {steps_per_epoch} steps)"
+                f"stage {self.stage + 1} after {self.epoch} epochs is outside of the recipe's stages, which have "
+                f"{', '.join(map(str, stage_epochs))} epochs"
             )
-        if self.skipped > self.step or self.skipped_before > self.skipped or self.missing > self.batch:
-            raise ValueError(f"it left out more steps than it took: {self.skipped} of {self.step}")
-        if self.batch and (self.step - self.epoch * steps_per_epoch) * accumulation != self.batch:
+        before = (self.images or images, self.batch_size or batch_size)
+        steps = before[0] // before[1]
+        done = (self.step - self.epoch * steps) * accumulation
+        if self.batch and (before != (images, batch_size) or done != self.batch or self.batch >= steps * accumulation):
             raise ValueError(
                 "it stands within an epoch, which another batch size, accumulation or number of pictures can't "
                 "continue; let the old recipe come to the end of the epoch"
             )
+        if not self.batch and done:
+            raise ValueError(f"step {self.step} is not the end of {self.epoch} epochs of {steps} steps")
+        if self.skipped > self.step or self.skipped_before > self.skipped or self.missing > self.batch:
+            raise ValueError(f"it left out more steps than it took: {self.skipped} of {self.step}")
+        if self.sums and (self.missing == self.batch or not self.sums.keys().isdisjoint(OF_EVERY_LINE)):
+            raise ValueError(f"its sums can't be those of losses: {', '.join(self.sums)[:80]}")
+        if (self.best is None) != (self.best_epoch is None) or not 0 <= (self.best_epoch or 0) <= self.epoch:
+            raise ValueError(f"the best score {self.best} can't be that of epoch {self.best_epoch}")
+
+    def counted_anew(self, images: int, batch_size: int) -> "Progress":
+        """The same place in a run of these sizes; at the start of an epoch its steps are as many as they have made."""
+        step = self.step if self.batch else self.epoch * (images // batch_size)
+        return replace(self, step=step, images=images, batch_size=batch_size)
 
     def updates_since(self, first_step: int) -> int:
         """Optimiser steps that moved the weights in the running stage, which began with this step of the run."""
@@ -155,7 +178,7 @@ class Progress:
 def _is_a(value: Any, kind: str) -> bool:
     """Whether a value from JSON is of a type; a float may be whole, but must be finite."""
     if kind == "float":
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return type(value).__name__ == kind
 
 
@@ -171,7 +194,7 @@ def epoch_line(line: dict[str, Any], epochs: int, seconds_left: float) -> str:
     scores = [
         f"{name} {100 * value:.1f} %" for name, value in line.items() if name.startswith("val/") and value is not None
     ]
-    left = timedelta(seconds=round(seconds_left))
+    left = timedelta(seconds=round(min(seconds_left, 1e12)))  # more than fits would be an error
     speed = f"{line['images_per_second']:.0f} images/s"
     loss = f"loss {line.get('loss', math.nan):.3f}"
     return "  ".join([place, line["stage"], loss, *scores, f"lr {line['lr']:.2g}", speed, f"{left} left"])

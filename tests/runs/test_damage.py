@@ -98,37 +98,72 @@ def test_results_that_are_none(text, tmp_path):
         report(run)
 
 
+SIZES = {"stage_epochs": [1, 2], "images": 11, "batch_size": 2, "accumulation": 1}
+GOOD = asdict(Progress(stage=1, epoch=2, batch=2, step=12, seconds=3, sums={"loss": 1.0}, broken=["train row 1"]))
 NONSENSE = {
-    "step": [-5, 10**9, "x", 2.5, None, True],
-    "epoch": [-1, 10**9, "1"],
-    "batch": [-1, 10**9, 3],
-    "stage": [1, -1],
-    "sums": [[1], {"loss": float("nan")}, {"loss": "x"}],
+    "step": [-5, 10**9, "x", 2.5, None, True, 0, 11, 13],
+    "epoch": [-1, 10**9, "1", 0, 1, 3],
+    "batch": [-1, 10**9, 3, 0, 5],
+    "stage": [2, -1, 0],
+    "sums": [[1], {"loss": float("nan")}, {"loss": "x"}, {"loss": 10**400}, {"stage": 1.0}, {"lr": 1.0}],
     "seconds": ["x", float("nan"), -1.0],
     "skipped": [-9, 10**9],
+    "missing": [2, 3],
+    "images": [12, -1],
+    "batch_size": [1, 4],
+    "best": [0.5],
+    "best_epoch": [1],
     "broken": [7, [7]],
     "commit": [7],
     "evil": [1],
 }
+WRONG = "not know|within an epoch|not the end|outside of the recipe's|left out|sums can't|best score"
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in NONSENSE.items() for value in values])
 def test_progress_is_read_strictly(name, value, tmp_path):
     file = tmp_path / "progress.json"
-    good = asdict(Progress(epoch=1, batch=2, step=7, seconds=3, sums={"loss": 1.0}, broken=["train row 1"]))
-    file.write_text(json.dumps(good))
-    Progress.read(file).check(stages=1, epochs=2, steps_per_epoch=5, accumulation=1)
-    file.write_text(json.dumps(good | {name: value}))
-    with pytest.raises(ValueError, match=r"progress\.json|beyond the recipe's end|it stands within|left out more"):
-        Progress.read(file).check(stages=1, epochs=2, steps_per_epoch=5, accumulation=1)
+    for good in (GOOD, GOOD | {"images": 11, "batch_size": 2, "best": 0.5, "best_epoch": 2}):
+        file.write_text(json.dumps(good))
+        Progress.read(file).check(**SIZES)
+    file.write_text(json.dumps(GOOD | {name: value}))
+    with pytest.raises(ValueError, match=f"json: {name} can't be|{WRONG}"):
+        Progress.read(file).check(**SIZES)
 
 
-def test_other_accumulation_continues_at_the_end_of_an_epoch_alone():
-    within = Progress(epoch=1, batch=4, step=9)
-    within.check(1, 3, 5, accumulation=1)
-    with pytest.raises(ValueError, match="it stands within an epoch"):
-        within.check(1, 3, 5, accumulation=2)
-    Progress(epoch=1, step=5).check(1, 3, 5, accumulation=2)
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"step": 10, "batch": 10},  # nothing is left of the epoch: a training would wait for its next batch for ever
+        {"step": 5, "batch": 5},
+        {"epoch": 2, "step": 3},
+        {"epoch": 1, "step": 0},
+        {"step": 5},
+        {"stage": 1},
+        {"epoch": 2, "step": 10, "sums": {"loss": 1.0}},
+        {"epoch": 1, "step": 5, "best": 0.5, "best_epoch": 2},
+    ],
+)
+def test_places_where_no_run_can_stand(place):
+    with pytest.raises(ValueError, match=WRONG):
+        Progress(**place).check([2, 1], images=11, batch_size=2, accumulation=1)
+
+
+@pytest.mark.parametrize("changed", [{"accumulation": 2}, {"batch_size": 3}, {"images": 9}, {"images": 10}])
+def test_other_sizes_continue_at_the_end_of_an_epoch_alone(changed):
+    sizes = {"stage_epochs": [3], "images": 11, "batch_size": 2, "accumulation": 1}
+    known = {"images": 11, "batch_size": 2}
+    for within in (Progress(batch=4, step=4, **known), Progress(epoch=1, batch=4, step=9, **known)):
+        within.check(**sizes)
+        with pytest.raises(ValueError, match="it stands within an epoch"):
+            within.check(**sizes | changed)
+    Progress(epoch=1, step=5, **known).check(**sizes | changed)
+
+
+def test_steps_are_counted_as_those_of_the_new_sizes():
+    at_end = Progress(epoch=2, step=10, images=11, batch_size=2).counted_anew(images=11, batch_size=4)
+    assert (at_end.epoch, at_end.step, at_end.batch_size) == (2, 4, 4)
+    assert Progress(batch=3, step=3).counted_anew(11, 2).step == 3
 
 
 def test_folder_of_a_run_that_was_killed_at_once_can_begin(tmp_path):

@@ -140,6 +140,20 @@ def test_resumed_run_is_bit_identical(workers, tmp_path):
 
 
 @pytest.mark.slow
+def test_other_sizes_begin_with_an_epoch(tmp_path, monkeypatch):
+    """Within an epoch nothing is left for some of them, and the others would leave pictures out or repeat them."""
+    monkeypatch.setattr("train.Training.test", lambda _: None)
+    flags = ["--method=ce", "--epochs=2", "--resume", "--allow_changes"]
+    halves, doubled = "--train.gradient_accumulation_steps=2", "--batch_size=32"
+    run = train(tmp_path / "run", *flags, "--train.max_steps=4")
+    with pytest.raises(SystemExit, match=r"step_00000004 does not fit this recipe .*: it stands within an epoch"):
+        train(run, *flags, doubled, halves)
+    train(run, *flags, "--train.max_steps=6")
+    train(run, *flags, doubled, halves)
+    assert [(line["epoch"], line["step"]) for line in epochs(run)] == [(1, 6), (2, 6)]
+
+
+@pytest.mark.slow
 def test_precision_is_chosen_once_for_a_run(tmp_path, monkeypatch, capsys):
     """Where it was chosen by the clock, a resumed run must not choose again."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
