@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -42,6 +42,7 @@ from ecl_hf.learning.memory import peak_memory
 from ecl_hf.learning.optimiser import set_learning_rate
 from ecl_hf.learning.stages import fold_heads, published_copy
 from ecl_hf.methods.base import EpochContext, FinishContext, MixingContext, Part, Time
+from ecl_hf.modeling_ecl import ECLForImageClassification
 from ecl_hf.repository import upload_directory
 from ecl_hf.runs.folder import RunFolder, describe_model, epoch_line
 from ecl_hf.runs.interruption import STOPPED, StopRequest, plain_errors
@@ -122,6 +123,11 @@ class Training(Session):
         factor = self.lr_factors[stage](updates, self.stage_epochs[stage] * self.steps_per_epoch)
         return self.recipe.optim.lr * self.plain.stage.lr * factor
 
+    @property
+    def averaged(self) -> ECLForImageClassification:
+        """The model that counts while a stage runs: the average of the weights, where the recipe asks for one."""
+        return self.model if self.plain.average is None else self.plain.average.module
+
     def next_stage(self) -> bool:
         """End the running stage and begin the next one, if there is one and the run has not come to its last step."""
         if self.processes > 1:  # else the model would know the running statistics of the main process alone
@@ -168,8 +174,9 @@ class Training(Session):
                 if stopping or last or (ended and epoch % recipe.train.checkpoint_every == 0):
                     self._write_checkpoint()
                 if self.upload and ended and epoch % recipe.hub.every == 0 and self.progress.step < self.total_steps:
-                    with self.encoder.in_place() if self.encoder else nullcontext():
-                        model = published_copy(self.plain.model)
+                    model = published_copy(self.averaged)
+                    if self.encoder:
+                        self.encoder.put_into(model)
                     self.upload.offer(model, partial(self.add_card, results=None), f"Epoch {epoch}")
         stop.deferred = False
         if stopping:
@@ -267,7 +274,7 @@ class Training(Session):
     def _validate(self) -> dict[str, float]:
         """Scores on the validation pictures; remembers the model of the best epoch of the last stage."""
         progress, best = self.progress, self.plain.best
-        model = self.model if self.plain.average is None else self.plain.average.module
+        model = self.averaged
         found = self._predict("val", model)
         self.task.train()
         scores = score(found.ensemble_logits, found.labels, self.data.class_counts)
@@ -335,7 +342,7 @@ class Training(Session):
         with torch.compiler.set_stance("force_eager"):  # compiling for batches of another size would take longer
             predictions = self._predict("test", self.model, with_features=False, with_flip=True)
         if self.encoder:
-            self.encoder.put_back()
+            self.encoder.put_into(self.model)
         self._note_memory()
         if not self.accelerator.is_main_process:
             return

@@ -142,35 +142,21 @@ class FrozenEncoder:
     """
 
     def __init__(self, model: ECLForImageClassification) -> None:
-        self.model = model
         self.trunk, self.backbones = model.trunk, [expert.backbone for expert in model.experts]
         for part in filter(None, [self.trunk, *self.backbones]):
             part.requires_grad_(False).eval()
-        self.take_out()
-
-    def take_out(self) -> None:
-        """Let the model take features for pictures."""
-        self.model.trunk = None
-        for expert in self.model.experts:
+        model.trunk = None
+        for expert in model.experts:
             expert.backbone = nn.Identity()
 
-    def put_back(self) -> None:
-        """Let the model take pictures again."""
-        self.model.trunk = self.trunk
-        device = next(self.model.experts[0].head.parameters()).device
-        for expert, backbone in zip(self.model.experts, self.backbones, strict=True):
+    def put_into(self, model: ECLForImageClassification) -> None:
+        """Let a model that takes features, the one it was taken from or a copy, take pictures again."""
+        model.trunk = self.trunk
+        device = next(model.experts[0].head.parameters()).device
+        for expert, backbone in zip(model.experts, self.backbones, strict=True):
             expert.backbone = backbone.to(device)
         if self.trunk is not None:
             self.trunk.to(device)
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Within, the model takes pictures."""
-        self.put_back()
-        try:
-            yield
-        finally:
-            self.take_out()
 
     def digest(self) -> bytes:
         """SHA-256 over all weights."""

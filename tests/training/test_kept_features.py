@@ -182,5 +182,5 @@ def test_the_encoder_goes_back_before_heads_of_several_layers():
     pictures = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         expected = model(pictures).logits
-        FrozenEncoder(model).put_back()
+        FrozenEncoder(model).put_into(model)
         assert torch.equal(model(pictures).logits, expected)

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import timm
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from train import main
 
 from ecl_hf import ECLForImageClassification
@@ -126,3 +127,29 @@ def test_the_average_is_tested_and_published(tmp_path):
     averaged = train(tmp_path / "averaged", "--method=bc", "--model.num_experts=1", "--optim.ema=0.9")
     assert lines(averaged) == lines(tmp_path / "plain")  # the training itself is the same
     assert not torch.equal(weights(averaged)["experts.0.head.weight"], plain["experts.0.head.weight"])
+
+
+@pytest.mark.parametrize("tune", [pytest.param("all", marks=pytest.mark.slow), "head"])
+def test_the_average_is_uploaded_on_the_way(tune, tmp_path, monkeypatch):
+    """What goes up after an epoch is what a run publishes that ends there."""
+    offered = []
+
+    class Upload:
+        def __init__(self, *_):
+            self.wait = lambda: None
+
+        def offer(self, model, *_):
+            with torch.no_grad():
+                model.eval()(torch.zeros(1, 3, 8, 8))
+            offered.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+
+    monkeypatch.setattr("ecl_hf.session.BackgroundUpload", Upload)
+    monkeypatch.setattr("ecl_hf.session.check_upload", lambda *_: None)
+    encoder = tmp_path / "encoder.safetensors"
+    save_file(timm.create_model("resnet20_cifar", num_classes=0).state_dict(), encoder)
+    flags = ["--method=bc", "--model.num_experts=1", "--optim.ema=0.9", f"--model.pretrained={encoder}"]
+    flags += ["--hub.push=true", "--hub.repo_id=me/x", "--hub.every=1", f"--model.tune={tune}", "--train.max_steps=6"]
+    run = train(tmp_path / "run", *flags)
+    assert [(line["epoch"], line["step"]) for line in lines(run)] == [(1, 6)]
+    [sent] = offered
+    assert all(torch.equal(sent[name], tensor) for name, tensor in weights(run).items())
