@@ -6,8 +6,7 @@
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -- training/evaluate.py --run runs/c100    # mind the --
 
 Scores, small tables and small pictures of mistakes go to a JSON file; beside it larger arrays go to an .npz file, and
-the scores of each class to a .csv file. `figures.py` draws from the first two. Into a run's results.json go scores
-alone.
+the scores of each class to a .csv file. `figures.py` draws from the first two.
 """
 
 import json
@@ -218,27 +217,26 @@ def class_arrays(predictions: Predictions, counts: list[int]) -> dict[str, np.nd
     return arrays | {f"sampled_{name}": values for name, values in sample.items()}
 
 
-def read_output(output: Path) -> dict[str, Any]:
-    """What an earlier call wrote there; empty if nothing did."""
+def check_output(output: Path) -> None:
+    """See that the files can be written: beside nothing, or over those of an earlier call."""
     if output.suffix != ".json":
         raise ValueError(f"output {output} must be a .json file")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"output: there is no directory {output.parent}")
     try:
-        return read_object(output) if output.exists() else {}
+        old = read_object(output) if output.exists() else {}
     except ValueError as error:
         raise ValueError(f"output {output} is there, and is no JSON file of this script: {error}") from error
-
-
-def write(output: Path, old: dict[str, Any], results: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    """Write the files; of a run's own results the part that speaks of the training stays."""
     if "recipe" in old:
-        results = old | {key: results[key] for key in ("test", "test_images")}
-    else:
-        partial = output.with_name(f".{output.stem}.partial.npz")
-        np.savez_compressed(partial, **arrays)
-        partial.replace(output.with_suffix(".npz"))
-        write_atomically(output.with_suffix(".csv"), classes_csv(results["classes"], results["class_names"]))
+        raise ValueError(f"output {output} holds the results of a training; choose another file")
+
+
+def write(output: Path, results: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Write the three files."""
+    partial = output.with_name(f".{output.stem}.partial.npz")
+    np.savez_compressed(partial, **arrays)
+    partial.replace(output.with_suffix(".npz"))
+    write_atomically(output.with_suffix(".csv"), classes_csv(results["classes"], results["class_names"]))
     write_atomically(output, json.dumps(results, indent=1) + "\n")
 
 
@@ -251,7 +249,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     transformers.utils.logging.set_verbosity_error()
     accelerator = Accelerator()
     try:
-        old = read_output(args.output) if args.output else {}
+        if args.output:
+            check_output(args.output)
         config = Recipe.from_file(args.recipe).data
         config.path = args.data.path or config.path
         with accelerator.main_process_first():
@@ -315,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             carried = torch.as_tensor(plain.carried_prior())
             results |= {"logit_prior": plain.config.logit_prior} | score_tables(predictions, counts, carried)
             results |= class_tables(predictions, data.test, counts, carried, config.max_pixels)
-            write(args.output, old, results, arrays | class_arrays(predictions, counts))
+            write(args.output, results, arrays | class_arrays(predictions, counts))
     accelerator.end_training()
     return results
 

@@ -146,13 +146,6 @@ def test_evaluation_repeats_the_results_of_the_run(run, tmp_path):
         assert ours[key] == theirs[key]
 
 
-def test_evaluation_into_a_run_keeps_what_is_said_of_the_training(run, tmp_path):
-    before = json.loads((run / "results.json").read_text())
-    output = shutil.copyfile(run / "results.json", tmp_path / "results.json")
-    evaluate.main([f"--model={run / 'model'}", f"--recipe={run / 'recipe.yaml'}", f"--output={output}"])
-    assert json.loads(output.read_text()) == before
-
-
 def test_evaluation_of_a_run_writes_tables_and_arrays(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)  # as where only what the package needs is installed
     results = evaluate.main([f"--run={run}", "--landscape_images=6"])
@@ -235,6 +228,7 @@ def test_evaluation_names_missing_files(run, flags):
     [
         ("x.json", "no json", "is no JSON file of this script"),
         ("x.json", "[1]", "is no JSON file of this script"),
+        ("results.json", '{"test": {}, "recipe": {}}', "holds the results of a training; choose another file"),
         ("x.npz", None, "must be a .json file"),
     ],
 )
