@@ -121,3 +121,12 @@ def read_checksums(path: str | Path) -> dict[str, str]:
     """File names with their checksums."""
     lines = read_text(path).splitlines()
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
+def synchronise(path: str | Path) -> None:
+    """Wait until a file or a directory is on the disk, so that a power failure can't take it back."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -4,20 +4,10 @@ They are meant for the run folder that they were written in. What is in them is 
 Accelerate's `torch.load(weights_only=True)`, which runs no code of a file; a stranger's could still hold any weights.
 """
 
-import os
 import shutil
 from pathlib import Path
 
-from ecl_hf.files import CHECKSUMS, checksum, read_checksums, write_checksums
-
-
-def synchronise(path: Path) -> None:
-    """Wait until a file or a directory is on the disk, so that a power failure can't take it back."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+from ecl_hf.files import CHECKSUMS, checksum, read_checksums, synchronise, write_checksums
 
 
 def seal(folder: Path) -> None:

@@ -25,9 +25,18 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
-from ecl_hf.files import CHECKSUMS, checksum, read_bytes, read_checksums, read_entries, read_object, write_checksums
+from ecl_hf.files import (
+    CHECKSUMS,
+    checksum,
+    read_bytes,
+    read_checksums,
+    read_entries,
+    read_object,
+    synchronise,
+    write_checksums,
+)
 from ecl_hf.modeling_ecl import ECLForImageClassification
-from ecl_hf.runs.checkpoints import discard, find_defect, publish, remove_partial, synchronise, synchronise_folder
+from ecl_hf.runs.checkpoints import discard, find_defect, publish, remove_partial, synchronise_folder
 from ecl_hf.runs.interruption import writing
 from ecl_hf.runs.locks import FolderLock
 from ecl_hf.runs.recipe import Recipe
