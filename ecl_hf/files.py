@@ -123,6 +123,27 @@ def read_checksums(path: str | Path) -> dict[str, str]:
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A new name beside a path to write a file under, which then takes the path's place.
+
+    A reader sees the old or the new content, never a part. A link at the path is replaced: what it leads to may be
+    precious.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.unlink(missing_ok=True)  # what was left half-written, or a link
+    try:
+        yield temporary
+        synchronise(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def synchronise(path: str | Path) -> None:
     """Wait until a file or a directory is on the disk, so that a power failure can't take it back."""
     descriptor = os.open(path, os.O_RDONLY)

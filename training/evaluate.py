@@ -45,7 +45,7 @@ from ecl_hf.evidence.evaluation import Predictions, format_table, measure_speed,
 from ecl_hf.evidence.head_norms import diagnose
 from ecl_hf.evidence.landscape import landscape
 from ecl_hf.evidence.metrics import class_accuracy, confusion_matrix, reliability_table
-from ecl_hf.files import read_object
+from ecl_hf.files import read_object, replacing
 from ecl_hf.flags import FlagParser
 from ecl_hf.heads import create_head
 from ecl_hf.methods import METHODS
@@ -53,7 +53,7 @@ from ecl_hf.methods.ecl import BALANCED, BALANCED_DETACHED, INVERTED, SHUFFLED
 from ecl_hf.names import printable
 from ecl_hf.runs.folder import RunFolder, describe_environment, describe_model, write_atomically
 from ecl_hf.runs.recipe import Recipe
-from ecl_hf.terminal import speaking
+from ecl_hf.terminal import refusing, speaking
 
 TAUS = tuple(round(-1 + 0.1 * step, 1) for step in range(31))
 MAGNITUDES = tuple(round(-1 + 0.1 * step, 1) for step in range(21))
@@ -233,9 +233,8 @@ def check_output(output: Path) -> None:
 
 def write(output: Path, results: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """Write the three files."""
-    partial = output.with_name(f".{output.stem}.partial.npz")
-    np.savez_compressed(partial, **arrays)
-    partial.replace(output.with_suffix(".npz"))
+    with replacing(output.with_suffix(".npz")) as new, new.open("xb") as file:
+        np.savez_compressed(file, **arrays)
     write_atomically(output.with_suffix(".csv"), classes_csv(results["classes"], results["class_names"]))
     write_atomically(output, json.dumps(results, indent=1) + "\n")
 
@@ -314,7 +313,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             carried = torch.as_tensor(plain.carried_prior())
             results |= {"logit_prior": plain.config.logit_prior} | score_tables(predictions, counts, carried)
             results |= class_tables(predictions, data.test, counts, carried, config.max_pixels)
-            write(args.output, results, arrays | class_arrays(predictions, counts))
+            arrays |= class_arrays(predictions, counts)
+            with refusing():
+                write(args.output, results, arrays)
     accelerator.end_training()
     return results
 

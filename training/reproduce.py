@@ -30,7 +30,7 @@ from jsonargparse.typing import PositiveInt
 
 from ecl_hf.data.longtail import exponential_counts
 from ecl_hf.evidence import tables
-from ecl_hf.files import read_text
+from ecl_hf.files import read_text, replacing
 from ecl_hf.flags import FlagParser
 from ecl_hf.learning.stages import check_stages
 from ecl_hf.learning.tuning import check_kept_features
@@ -414,7 +414,8 @@ def draw(results: dict[str, tables.Results], file: Path) -> bool:
             point |= dict(zip((group, f"{group}_std"), tables.mean_and_deviation(values), strict=True))
         points += [point] if None not in (point["many"], point["few"]) else []
     if points:
-        plot_methods(points).savefig(file, dpi=130)
+        with replacing(file) as new:
+            plot_methods(points).savefig(new, format="png", dpi=130)
     return bool(points)
 
 

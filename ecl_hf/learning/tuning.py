@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecl_hf.backbones import AdaptFormer, adaptable_blocks, add_adapters
+from ecl_hf.files import replacing
 from ecl_hf.heads import ECLCosineHead
 from ecl_hf.learning.config import ModelConfig
 from ecl_hf.learning.low_rank import LowRank, add_low_rank, find_layers
@@ -221,9 +222,8 @@ def read_features(file: Path, fingerprint: str) -> dict[str, Tensor] | None:
 
 def write_features(file: Path, tensors: dict[str, Tensor], fingerprint: str) -> None:
     """Keep tensors, so that a reader sees all of them or no file."""
-    partial = file.with_name(f".{file.name}.partial")
-    save_file(tensors, partial, {"fingerprint": fingerprint})
-    partial.replace(file)
+    with replacing(file) as new:
+        save_file(tensors, new, {"fingerprint": fingerprint})
 
 
 def bootstrap(labels: Tensor, seed: int) -> Tensor:

@@ -32,6 +32,7 @@ from ecl_hf.files import (
     read_checksums,
     read_entries,
     read_object,
+    replacing,
     synchronise,
     write_checksums,
 )
@@ -468,12 +469,8 @@ class RunFolder:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old or the new content, never a part."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.unlink(missing_ok=True)  # a link would lead to another file
-    with temporary.open("x") as file:
+    with replacing(path) as new, new.open("x", encoding="utf-8") as file:
         file.write(text)
-    synchronise(temporary)
-    temporary.replace(path)
 
 
 def read_results(file: Path, entries: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:

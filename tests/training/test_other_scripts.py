@@ -265,6 +265,25 @@ def test_tiny_test_split(good, run, tmp_path, monkeypatch):
             evaluate.main(flags)
 
 
+def test_outputs_take_the_place_of_links(tmp_path):
+    """Those of a stranger's run folder could lead to any file."""
+    (tmp_path / "run").mkdir()
+    results = {"classes": [{"accuracy": 1.0, "test_images": 1}], "class_names": ["a"]}
+    linked = [
+        f"{dot}evaluation{kind}{end}"
+        for kind in (".json", ".npz", ".csv")
+        for dot, end in ((".", ".partial"), ("", ""))
+    ]
+    for name in [*linked, ".evaluation.partial.npz"]:
+        (tmp_path / name).write_text("years of work")
+        (tmp_path / "run" / name).symlink_to(tmp_path / name)
+    evaluate.write(tmp_path / "run" / "evaluation.json", results, {"x": np.arange(3)})
+    assert {(tmp_path / name).read_text() for name in linked} == {"years of work"}
+    assert (tmp_path / ".evaluation.partial.npz").read_text() == "years of work"
+    with np.load(tmp_path / "run" / "evaluation.npz") as arrays:
+        assert arrays["x"].tolist() == [0, 1, 2]
+
+
 def test_missing_model_or_run_is_named(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     with pytest.raises(SystemExit, match="nope"):

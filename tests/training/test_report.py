@@ -12,6 +12,7 @@ import figures
 import numpy as np
 import pytest
 from matplotlib import font_manager
+from matplotlib.figure import Figure
 
 from ecl_hf.evidence.plots import fonts
 from tests.made_up_runs import make_run
@@ -156,6 +157,17 @@ def test_theory_has_an_optimal_tau_for_two_priors_alone(tmp_path, monkeypatch):
     }
     figures.draw_all(runs, {}, list("abcdefghij"))
     assert {name: theory for name, (_, theory) in drawn["plot_posthoc"].items()} == {"bc": 0, "ce": 1, "sade": None}
+
+
+def test_figures_take_the_place_of_links(tmp_path):
+    """Those of a stranger's run folder could lead to any file."""
+    (tmp_path / "precious").write_text("years of work")
+    for name in ("x.svg", "x.png", ".x.svg.partial", ".x.png.partial"):
+        (tmp_path / name).symlink_to(tmp_path / "precious")
+    png = figures.save("x", Figure((1, 1)), tmp_path)
+    assert (tmp_path / "precious").read_text() == "years of work"
+    assert base64.b64decode(png) == (tmp_path / "x.png").read_bytes()
+    assert "<svg" in (tmp_path / "x.svg").read_text()
 
 
 def test_runs_on_other_data_are_not_compared(tmp_path):
