@@ -20,7 +20,6 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import (
@@ -29,7 +28,6 @@ from accelerate.utils import (
     broadcast_object_list,
     set_seed,
 )
-from huggingface_hub.utils import disable_progress_bars
 from jsonargparse import Namespace
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -139,10 +137,6 @@ class Session:
     """
 
     def __init__(self, recipe: Recipe, args: Namespace, run: RunFolder) -> None:
-        datasets.disable_progress_bars()
-        disable_progress_bars()  # of uploads, which would mix with those of the training
-        transformers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.set_verbosity_error()
         self.recipe, self.run = recipe, run
         self.accelerator = accelerator = self._accelerator(args)
         self.say = say if accelerator.is_main_process else (lambda _: None)

@@ -11,7 +11,8 @@ Each file beside this one is a script of its own, which imports none of the othe
 checkout, `ecl-hf train ...` anywhere. Recipes and launch configurations lie beside them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,23 @@ class Run:
     def report(self) -> Path:
         """Draw the figures, evaluating the model first if that was not done, and return the path of the page.
 
-        This needs `pip install 'ecl-hf[figures]'`.
+        Raises:
+            ImportError: it needs `pip install 'ecl-hf[figures]'`.
+            RuntimeError: the run is not finished, or a file of it is damaged; the message names it.
         """
         from ecl_hf.training.figures import main
 
-        return main([f"--run={self.path}"])
+        with _raising():
+            return main([f"--run={self.path}"])
+
+
+@contextmanager
+def _raising() -> Iterator[None]:
+    """Raise the sentence with which a script ends as a RuntimeError."""
+    try:
+        yield
+    except SystemExit as end:
+        raise RuntimeError(str(end.code).strip().removeprefix("error: ")) from end.__context__
 
 
 def train(
@@ -87,9 +100,10 @@ def train(
         KeyboardInterrupt: it was interrupted, and continues with `resume`.
     """
     given = {"output_dir": Path(output_dir), "resume": resume, "allow_changes": allow_changes}
-    try:
-        return Run(script.run_recipe(recipe, Namespace(**given, report_to=list(report_to), left_out=[])))
-    except SystemExit as end:
-        if end.code == STOPPED:
-            raise KeyboardInterrupt(f"{output_dir} goes on from its checkpoint with resume=True") from None
-        raise RuntimeError(str(end.code).strip().removeprefix("error: ")) from end.__context__
+    with _raising():
+        try:
+            return Run(script.run_recipe(recipe, Namespace(**given, report_to=list(report_to), left_out=[])))
+        except SystemExit as end:
+            if end.code == STOPPED:
+                raise KeyboardInterrupt(f"{output_dir} goes on from its checkpoint with resume=True") from None
+            raise

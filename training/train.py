@@ -17,7 +17,9 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import datasets
 import torch
+import transformers
 from accelerate import skip_first_batches
 from accelerate.utils import (
     gather_object,
@@ -89,7 +91,11 @@ def in_steps(batches: Iterable[dict], size: int) -> Iterator[list[dict]]:
 @speaking()
 def main(argv: Sequence[str] | None = None) -> Path:
     """Train a method's stages, test the model and write the run folder, whose path is returned."""
-    return run_recipe(*parse(argv))
+    recipe, args = parse(argv)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()  # of uploads, too, which would mix with those of the training
+    transformers.utils.logging.set_verbosity_error()
+    return run_recipe(recipe, args)
 
 
 def run_recipe(recipe: Recipe, args: Namespace) -> Path:

@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 import torch
+import transformers
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 from train import main
@@ -38,9 +39,18 @@ def test_the_run_is_that_of_the_script(tmp_path, capsys):
         ours, theirs = load_file(run.path / "model" / file.name), load_file(file)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert run.model().config.class_counts == run.results["class_counts"]
+
+
+def test_a_run_that_can_not_begin_is_an_error_and_silences_nobody(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").touch()
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_warning()
     with pytest.raises(RuntimeError, match="holds a run already; continue it with --resume") as error:
-        train(Recipe.named("quickstart", **CHANGES), run.path)
+        train(Recipe.named("quickstart", **CHANGES), tmp_path / "run")
     assert isinstance(error.value.__cause__, FileExistsError)
+    assert transformers.utils.logging.get_verbosity() == transformers.logging.WARNING
+    transformers.utils.logging.set_verbosity(before)
 
 
 def test_report_of_a_run_is_a_page(tmp_path, capsys):
@@ -49,6 +59,12 @@ def test_report_of_a_run_is_a_page(tmp_path, capsys):
     assert page == run.path / "figures" / "report.html"
     assert "Worst classes" in page.read_text()
     assert str(page) in capsys.readouterr().out
+
+
+def test_report_of_no_run_is_an_error_of_python(tmp_path):
+    with pytest.raises(RuntimeError, match="nowhere is neither a run folder") as error:
+        Run(tmp_path / "nowhere").report()
+    assert isinstance(error.value.__cause__, FileNotFoundError)
 
 
 def test_report_evaluates_a_run_that_was_not_evaluated(tmp_path, monkeypatch):
