@@ -172,9 +172,10 @@ class Training(Session):
             while self.progress.step < self.end_of_stage and not stopping and not self.progress.ended:
                 stopping = self._train_epoch(stop, bar)
                 ended = self.progress.batch == len(self.loader)
+                if ended:
+                    self._call_parts("after_epoch")  # may change the model, which is validated then
                 self._log(bar, self._validate() if ended and self.data.val is not None else {})
                 if ended:
-                    self._call_parts("after_epoch")
                     self.progress = self.progress.next_epoch()
                 epoch, last = self.progress.epoch, self.progress.step == self.end_of_stage or self.progress.ended
                 if stopping or last or (ended and epoch % recipe.train.checkpoint_every == 0):

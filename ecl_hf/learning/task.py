@@ -293,7 +293,13 @@ class CollaborativeTask(nn.Module):
         self.queue.enqueue(keys, labels)
 
     def follow(self) -> None:
-        """Move the momentum encoders and the average towards the experts; call it once after each optimiser step."""
+        """Let all that goes after the experts do so; call it once after each optimiser step.
+
+        First the parts, which may bring the experts' heads up to date, then momentum encoders and average.
+        """
+        for part in self.parts.values():
+            part: Part
+            part.after_step()
         if self.average is not None:
             self.average.update(self.model)
         if self.momentum is not None:
@@ -301,9 +307,6 @@ class CollaborativeTask(nn.Module):
                 key.follow(expert.backbone, projector, self.settings.key_momentum)
         if self.momentum_trunk is not None:
             follow([self.momentum_trunk], [self.model.trunk], self.settings.key_momentum)
-        for part in self.parts.values():
-            part: Part
-            part.after_step()
 
 
 def mean_loss(

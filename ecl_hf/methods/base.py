@@ -175,10 +175,10 @@ class Part(nn.Module):
         """Called before each epoch of the stage; not when a run goes on within one."""
 
     def after_epoch(self, context: EpochContext) -> None:
-        """Called at the end of each epoch."""
+        """Called at the end of each epoch, before the model is validated."""
 
     def after_step(self) -> None:
-        """Called after each optimiser step."""
+        """Called after each optimiser step, before an average of the weights follows."""
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:

@@ -25,7 +25,6 @@ from ecl_hf.backbones import all_but_the_last_block
 from ecl_hf.checks import require
 from ecl_hf.data.samplers import reversed_classes
 from ecl_hf.methods.base import (
-    EpochContext,
     Experts,
     HeadKind,
     Method,
@@ -111,18 +110,19 @@ def split_classifier(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class JointClassifier(Part):
-    """The linear classifier on both branches' features; the experts' heads are its halves after each epoch."""
+    """The linear classifier on both branches' features; the experts' heads are its halves after each step."""
 
     def __init__(self, context: PartsContext) -> None:
         super().__init__()
         self.linear = nn.Linear(2 * context.width, len(context.class_counts))
+        self.heads = [expert.head for expert in context.model.experts]  # a list: no modules of the part
 
     @torch.no_grad()
-    def after_epoch(self, context: EpochContext) -> None:
+    def after_step(self) -> None:
         """Bring the experts' heads up to date."""
-        for expert, weight in zip(context.model.experts, split_classifier(self.linear.weight), strict=True):
-            expert.head.weight.copy_(weight)
-            expert.head.bias.copy_(self.linear.bias)
+        for head, weight in zip(self.heads, split_classifier(self.linear.weight), strict=True):
+            head.weight.copy_(weight)
+            head.bias.copy_(self.linear.bias)
 
 
 def _cumulative(out: TaskOutputs, settings: BBNSettings) -> PerImage:

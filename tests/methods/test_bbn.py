@@ -9,7 +9,7 @@ from ecl_hf.learning.config import ModelConfig
 from ecl_hf.learning.initialise import initialise_model
 from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.methods import METHODS
-from ecl_hf.methods.base import EpochContext, Time
+from ecl_hf.methods.base import Time
 from ecl_hf.methods.bbn import conventional_share, joint_logits, joint_losses, split_classifier
 from tests.methods.comparing import tensors
 
@@ -104,13 +104,16 @@ def test_branches_share_all_but_their_last_block_and_see_a_stream_each():
 
 def test_the_experts_heads_are_the_halves_of_the_trained_classifier():
     task, batch = build()
-    part, model = task.parts["supervision"], task.model.eval()
-    assert not any(parameter.requires_grad for expert in model.experts for parameter in expert.head.parameters())
-    part.after_epoch(EpochContext(Time(), model, task.settings, torch.tensor([9, 5, 2]), predict=None))
-    with torch.no_grad():
-        output = model(batch["pixel_values"], output_features=True)
-        expected = joint_logits(*output.features.transpose(0, 1), part.linear.weight, part.linear.bias, 0.5)
-    assert_close(output.logits, expected)
+    part = task.parts["supervision"]
+    assert not any(parameter.requires_grad for expert in task.model.experts for parameter in expert.head.parameters())
+    assert not any("heads" in name for name in part.state_dict())
+    task.keep_average(0.0)  # which forgets all but the last step
+    task.follow()
+    for model in (task.model.eval(), task.average.module.eval()):
+        with torch.no_grad():
+            output = model(batch["pixel_values"], output_features=True)
+            expected = joint_logits(*output.features.transpose(0, 1), part.linear.weight, part.linear.bias, 0.5)
+        assert_close(output.logits, expected)
 
 
 def test_an_encoder_without_blocks_is_refused():

@@ -153,3 +153,21 @@ def test_the_average_is_uploaded_on_the_way(tune, tmp_path, monkeypatch):
     assert [(line["epoch"], line["step"]) for line in lines(run)] == [(1, 6)]
     [sent] = offered
     assert all(torch.equal(sent[name], tensor) for name, tensor in weights(run).items())
+
+
+class Silences(Part):
+    """Sets the classifiers to zero after each epoch."""
+
+    def __init__(self, _):
+        super().__init__()
+
+    def after_epoch(self, context: EpochContext):
+        for expert in context.model.experts:
+            expert.head.weight.data.zero_()
+
+
+def test_the_model_is_validated_and_chosen_as_the_parts_leave_it(tmp_path, monkeypatch):
+    method = Method((Stage((Term("weighted", weighted, part=Silences),)),), settings=METHODS["bc"].settings)
+    monkeypatch.setitem(METHODS, "staged", method)
+    run = train(tmp_path / "run", "--epochs=1", "--data.val_fraction=0.2")
+    assert not weights(run)["experts.0.head.weight"].any()
