@@ -114,7 +114,7 @@ def checksum(path: str | Path) -> str:
 def write_checksums(folder: Path, files: list[Path]) -> None:
     """List these files of a folder, but for the list itself, with their checksums in it."""
     lines = [f"{checksum(file)}  {file.name}\n" for file in sorted(files) if file.name != CHECKSUMS]
-    (folder / CHECKSUMS).write_text("".join(lines))
+    (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
 
 def read_checksums(path: str | Path) -> dict[str, str]:

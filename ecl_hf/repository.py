@@ -164,7 +164,7 @@ def join_shared(directory: Path) -> None:
         renamed[experts[k]] = f"model-{position:05}-of-{len(experts) + 1:05}.safetensors"
         (directory / experts[k]).rename(directory / renamed[experts[k]])
     index["weight_map"] = {key: renamed[name] for key, name in names.items()}
-    file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def seal_weights(directory: Path) -> None:

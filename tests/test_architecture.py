@@ -90,6 +90,20 @@ def test_dependency_direction(module):
     assert "datasets" not in tops or room(module) in ("data", "session")
 
 
+SOURCES = sorted(path for folder in ("ecl_hf", "training", "hub_cards") for path in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_text_files_are_utf_8_whatever_the_locale(path):
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    for call in calls:
+        name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+        modes = [arg.value for arg in call.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        text = isinstance(call.func, ast.Attribute) and name in ("read_text", "write_text")
+        text |= name == "open" and (any(set(mode) <= set("rwaxt+") for mode in modes) or not call.args)
+        assert not text or "encoding" in {keyword.arg for keyword in call.keywords}, ast.unparse(call)
+
+
 def test_no_imports_in_a_circle():
     TopologicalSorter({module: siblings(module) for module in MODULES}).prepare()
 

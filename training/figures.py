@@ -336,7 +336,7 @@ def read_tables(folder: Path | None) -> dict[str, list[dict[str, str]]]:
     files = sorted(folder.glob("*.csv"))
     if not files:
         raise FileNotFoundError(f"results: there is no .csv file of reproduce.py in {folder}")
-    return {file.stem: list(csv.DictReader(file.read_text().splitlines())) for file in files}
+    return {file.stem: list(csv.DictReader(file.read_text(encoding="utf-8").splitlines())) for file in files}
 
 
 def save(name: str, figure: Figure, output: Path) -> str:
@@ -399,7 +399,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             ]
     absent = {title: why for name, (title, _, why) in TEXTS.items() if name not in figures}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    html = environment.from_string(TEMPLATE.read_text()).render(
+    html = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         names=names,
         evaluation=first,
         failures={name: found for name, evidence in runs.items() if (found := failures(evidence))},

@@ -42,7 +42,7 @@ from ecl_hf.runs.recipe_files import RecipeFile, find_recipe
 from ecl_hf.terminal import speaking
 
 TRAIN = Path(__file__).with_name("train.py")
-PUBLISHED = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
+PUBLISHED = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
 
 POLL = 0.2
 """Seconds between two looks at the runs that are going on."""
@@ -382,7 +382,8 @@ def carry_out(args: Namespace, runs: Sequence[Run]) -> list[Run]:
                 state = f"exit code {code}" if code else "done"
                 print(f"{run}: {state}; {time_left(args, [*children, *waiting])}", flush=True)
                 if code and args.parallel > 1:
-                    print(f"{run.log(args)}: {run.log(args).read_text().rstrip().rpartition(chr(10))[2]}", flush=True)
+                    said = run.log(args).read_text(encoding="utf-8", errors="replace")
+                    print(f"{run.log(args)}: {said.rstrip().rpartition(chr(10))[2]}", flush=True)
     if stopping:
         print("stopped; the same command goes on", file=sys.stderr)
         sys.exit(STOPPED)
@@ -395,7 +396,7 @@ def start(args: Namespace, run: Run, environment: dict[str, str]) -> subprocess.
     if args.parallel == 1:
         return subprocess.Popen(command)
     run.log(args).parent.mkdir(parents=True, exist_ok=True)
-    with run.log(args).open("a") as output:
+    with run.log(args).open("ab") as output:
         return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
 

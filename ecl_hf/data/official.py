@@ -174,7 +174,7 @@ def _last_folder(path: str) -> str:
     return path.split("/")[-2]
 
 
-COUNTS = json.loads(Path(__file__).with_name("official_counts.json").read_text())
+COUNTS = json.loads(Path(__file__).with_name("official_counts.json").read_text(encoding="utf-8"))
 BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (

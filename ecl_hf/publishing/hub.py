@@ -228,7 +228,8 @@ def write_card(
         entries = evaluation_entries(results, dataset, kwargs.get("expert"))
         folder = directory / ".eval_results"
         folder.mkdir()
-        (folder / f"{dataset.split('/')[1]}.yaml").write_text(yaml.safe_dump(entries, sort_keys=False))
+        text = yaml.safe_dump(entries, sort_keys=False)
+        (folder / f"{dataset.split('/')[1]}.yaml").write_text(text, encoding="utf-8")
 
 
 def save_timm(model: ECLForImageClassification, expert: int, directory: Path) -> None:
@@ -284,9 +285,9 @@ def save_timm(model: ECLForImageClassification, expert: int, directory: Path) ->
         data_config={key: tuple(v) if isinstance(v, list) else v for key, v in config.pretrained_cfg.items()},
     )
     file = Path(directory) / "config.json"
-    written = json.loads(file.read_text())
+    written = json.loads(file.read_text(encoding="utf-8"))
     written["model_args"].pop("num_classes", None)  # stated elsewhere too, and transformers stumbles over the second
-    file.write_text(json.dumps(written, indent=2) + "\n")
+    file.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
 class _Logits(nn.Module):

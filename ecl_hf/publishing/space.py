@@ -186,9 +186,10 @@ def write_space(folder: Path, model: ECLForImageClassification, title: str, exam
     for file in TEMPLATES.iterdir():
         if file.name in ("app.py", "requirements.txt"):
             shutil.copyfile(file, folder / file.name)
-    template = jinja2.Environment(keep_trailing_newline=True).from_string((TEMPLATES / "README.md").read_text())
+    text = (TEMPLATES / "README.md").read_text(encoding="utf-8")
+    template = jinja2.Environment(keep_trailing_newline=True).from_string(text)
     card = template.render(title=title, classes=config.num_labels, most=max(counts), fewest=min(counts))
-    (folder / "README.md").write_text(card)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     model.save_pretrained(folder / "model")
     copy_examples(folder, examples)
 

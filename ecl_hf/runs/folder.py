@@ -359,7 +359,7 @@ class RunFolder:
     def publish_checkpoint(self, progress: Progress, keep_last: int) -> None:
         """Make a completely written checkpoint count, and delete old ones."""
         partial = self.partial_checkpoint(progress.step)
-        (partial / "progress.json").write_text(json.dumps(asdict(progress)))
+        (partial / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
         target = self._checkpoint(progress.step)
         publish(partial, target)
         found = sorted(self.checkpoints.glob("step_*"))
