@@ -32,6 +32,7 @@ from ecl_hf.data.sources import labels_of, read_source
 from ecl_hf.data.splits import PARTS, Split, check_output, compare_rows, pictures_of, records
 from ecl_hf.evidence.metrics import shot_groups
 from ecl_hf.flags import FlagParser
+from ecl_hf.names import in_code
 from ecl_hf.repository import explain_hub_errors
 from ecl_hf.runs.recipe import Recipe, prepare_flags
 from ecl_hf.runs.recipe_files import RecipeFile
@@ -188,6 +189,7 @@ def dataset_card(split: Split, args: Namespace, metadata: datasets.DatasetInfo) 
         template_path=CARD,
         repo_id=args.repo_id,
         record=record,
+        group_column=in_code(record["data"].get("group_column") or ""),
         counts=counts,
         classes=list(zip(record["class_names"], counts, record["parts"]["test"]["class_counts"], strict=True)),
         groups={name: int(mask.sum()) for name, mask in shot_groups(counts).items()},

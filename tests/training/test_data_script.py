@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import data as script
@@ -268,6 +269,30 @@ def test_card_says_the_protocol(flags, said, pictures, tmp_path):
     assert said in text
     assert text.lower().count("not stated") == 3
     assert "license:" not in text
+
+
+@pytest.mark.parametrize(
+    ("profile", "protocol", "said", "unsaid"),
+    [
+        ("as_is", "cao-seed3", ["`numpy.random.RandomState(3)` decides.", "All other images"], ["shuffled"]),
+        ("as_is", "cao-first", ["the first goes.", "All other images"], ["Each class keeps"]),
+        (
+            "exponential",
+            "cao-seed3",
+            ["its images are shuffled by `numpy.random.RandomState(3)`"],
+            ["All other images"],
+        ),
+    ],
+)
+def test_card_says_that_groups_are_held_out_whole(profile, protocol, said, unsaid, pictures, tmp_path):
+    split = build(pictures, tmp_path / "split")
+    changes = {"profile": profile, "split_seed": 3, "test_fraction": 0.25, "group_column": "site`| "}
+    grouped = replace(split, record={**split.record, "protocol": protocol, "data": {**split.record["data"], **changes}})
+    options = script.Namespace(repo_id="me/birds", license=None, citation=None)
+    text = script.dataset_card(grouped, options, DatasetCard("---\n---\n").data).text.partition("| list |")[0]
+    for part in ["same value in the column `site'/`", "Whole groups", "near to 25 % of its images", *said]:
+        assert part in text
+    assert not any(part in text for part in ["Of each class, 25 %", *unsaid])
 
 
 @pytest.mark.filterwarnings("ignore:.*fewer than 5")
