@@ -1,11 +1,13 @@
 """A fresh ensemble for training: random or pretrained encoders, randomly initialised heads."""
 
+import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 
 from ecl_hf.backbones import create_encoder
@@ -31,7 +33,8 @@ def initialise_model(
         settings: of the method.
 
     Raises:
-        ValueError: an unknown architecture, or pretrained weights that don't fit it.
+        ValueError: an unknown architecture, pretrained weights that don't fit it, or a value that no published model
+            may have; the message names the recipe's key.
         FileNotFoundError: no such file of pretrained weights.
     """
     model_args, pretrained_cfg, state = _encoder_settings(config)
@@ -46,8 +49,8 @@ def initialise_model(
         prior = prior.tolist() if prior.max() - prior.min() > 1e-9 else "uniform"
     with torch.device("meta"):  # no weights, and no random numbers
         width = create_encoder(config.architecture, **model_args).head_hidden_size if head.neck else 0
-    model = ECLForImageClassification(
-        ECLConfig(
+    try:
+        published = ECLConfig(
             architecture=config.architecture,
             num_experts=num_experts,
             share_stages="all" if config.tune == "head" and num_experts > 1 else stages,
@@ -66,13 +69,23 @@ def initialise_model(
             id2label=dict(enumerate(class_names)),
             label2id={name: c for c, name in enumerate(class_names)},
         )
-    )
+    except StrictDataclassError as error:
+        raise ValueError(_in_the_recipe(str(error.__cause__ or error))) from error
+    model = ECLForImageClassification(published)
     if stages:
         _check_cut(model)
     if state is not None:
         for part in (*model.experts, *filter(None, [model.trunk])):
             part.backbone.load_state_dict({key: state[key] for key in part.backbone.state_dict()})
     return model
+
+
+def _in_the_recipe(message: str) -> str:
+    """What is wrong with a published configuration, with the key of the recipe's section `model` that it comes from."""
+    name = re.match(r"\w*", message)[0]
+    if name == "pretrained_cfg":
+        return f"model.image_size: {message}"
+    return f"model.{message}" if name in {item.name for item in fields(ModelConfig)} else f"model: {message}"
 
 
 def shared_parts(config: ModelConfig, method: Method) -> tuple[int, int]:

@@ -260,3 +260,19 @@ def test_weights_that_know_the_labels_are_told_by_their_tag(architecture, pretra
     assert label_leak(config, "places_lt") is None
     assert bool(told := label_leak(config, "imagenet_lt")) == leaks
     assert not leaks or tag in told
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"share_blocks": 1}, r"^model\.share_blocks counts the blocks behind shared stages, and needs share_stages"),
+        ({"num_experts": 65}, r"^model\.num_experts must lie in 1\.\.64, got 65$"),
+        ({"image_size": 4096}, r"^model\.image_size: .*4096"),
+        ({"classifier": "cosine", "classifier_scale": 20000.0}, r"^model\.classifier_scale must be .* at most 10000"),
+        ({"args": {"widths": [16, 40000, 64]}}, r"^model: .*model_args add up to 40080"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_no_published_model_may_have_is_named_by_the_recipes_key(values, message):
+    with pytest.raises(ValueError, match=message):
+        initialise(**values)
