@@ -43,6 +43,7 @@ from ecl_hf.learning.low_rank import merge_low_rank
 from ecl_hf.learning.memory import peak_memory
 from ecl_hf.learning.optimiser import set_learning_rate
 from ecl_hf.learning.stages import fold_heads, published_copy
+from ecl_hf.methods import PAPERS
 from ecl_hf.methods.base import EpochContext, FinishContext, MixingContext, Part, Time
 from ecl_hf.modeling_ecl import ECLForImageClassification
 from ecl_hf.repository import upload_directory
@@ -360,6 +361,7 @@ class Training(Session):
         results = describe_run(self.recipe, self.progress, predictions, counts, names, carried, defects, finished)
         commits = {"commit": self.progress.commit, "commit_of_test": self.environment["commit"]}
         results |= {
+            "paper": PAPERS.get(self.recipe.method),
             **describe_model(self.model),
             "mixed_precision": self.mixed_precision,
             "pretrained_weights": pretrained_tag(self.recipe.model),

@@ -10,7 +10,12 @@ from ecl_hf.methods.base import Loss, Method, Stage, TaskOutputs, Term
 from ecl_hf.methods.settings import Settings
 
 METHODS: dict[str, Method] = {}
+PAPERS: dict[str, str] = {}
+"""What each method is, with its paper: the first sentence of its file."""
 for _file in iter_modules(__path__):
-    METHODS |= getattr(import_module(f"{__name__}.{_file.name}"), "METHODS", {})
+    _module = import_module(f"{__name__}.{_file.name}")
+    _found = getattr(_module, "METHODS", {})
+    METHODS |= _found
+    PAPERS |= dict.fromkeys(_found, (_module.__doc__ or "").partition("\n")[0].partition(". ")[0].rstrip("."))
 
-__all__ = ["METHODS", "Loss", "Method", "Settings", "Stage", "TaskOutputs", "Term"]
+__all__ = ["METHODS", "PAPERS", "Loss", "Method", "Settings", "Stage", "TaskOutputs", "Term"]

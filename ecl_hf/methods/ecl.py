@@ -1,4 +1,7 @@
-"""ECL (Xu et al., IEEE TMM 2023): Eq. 10 and 11, the rows of Table III, and the controls that the paper lacks."""
+"""ECL: effective collaborative learning (Xu et al., IEEE TMM 2023).
+
+Eq. 10 and 11, the rows of Table III, and the controls that the paper lacks.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""TSC: targeted supervised contrastive learning (Li, Cao et al., CVPR 2022), on top of KCL (`kcl.py`).
+"""TSC: targeted supervised contrastive learning (Li, Cao et al., CVPR 2022), on top of KCL.
 
 Class targets are spread evenly over the sphere before training. In the second half of the first stage each class's
 features are drawn to a target; the targets are handed out anew at each step, to the classes whose features are near.

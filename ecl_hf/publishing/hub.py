@@ -203,6 +203,7 @@ def model_card(
         plot=plot,
         expert=expert,
         best=best_expert(results),
+        alone=bool(results) and len(results["test"]["plain"]["experts"]) == 1,
         percent=percent,
         registered_with_timm=not config.architecture.endswith("_cifar"),
     )

@@ -1,6 +1,7 @@
 """`training/export.py` and the model cards: what a run becomes, loaded by other libraries."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
 
 from ecl_hf import ECLConfig, ECLForImageClassification
+from ecl_hf.methods import METHODS, PAPERS
 from ecl_hf.publishing.hub import best_expert, model_card, write_card
 from ecl_hf.runs.folder import RunFolder
 
@@ -217,6 +219,24 @@ def test_scores_on_held_out_pictures_are_not_told_as_those_of_the_test_split(run
         assert "the split test" not in card.text
     unfinished = model_card(ROOT / "hub_cards" / "model_card.md", config, {**told, "finished": False})
     assert "after the last epoch" in unfinished.text
+
+
+def test_cards_name_the_method_and_speak_of_several_experts_where_there_are_some(run):
+    config = ECLConfig.from_pretrained(run.model)
+    alone = ECLConfig(architecture="test_resnet", num_experts=1, class_counts=COUNTS, id2label=config.id2label)
+    ours, paper = "Towards Effective Collaborative Learning", PAPERS["ldam"]
+    for name, expert in (("model_card.md", None), ("timm_card.md", 0)):
+        template = ROOT / "hub_cards" / name
+        for told in (results(1) | {"method": "ldam", "paper": paper}, results(1) | {"method": "ldam"}):
+            text = model_card(template, alone, told, expert=expert).text
+            assert not any(word in text for word in ("together", "It is expert", "An ensemble"))
+            cited = f"Method `ldam`: {paper}. " if "paper" in told else "Method `ldam`. "
+            assert f"{cited}The package `ecl_hf`:" in text
+            assert ours in text.partition("The package")[2]
+        assert "trained together" in model_card(template, config, results(3), expert=expert).text
+    assert PAPERS.keys() == METHODS.keys()
+    assert all(re.search(r"\b20\d\d\)", said) for said in PAPERS.values())
+    assert paper == "LDAM, and LDAM with deferred re-weighting (Cao et al., NeurIPS 2019)"
 
 
 def test_card_without_flip_where_mirroring_changes_the_class(run):
