@@ -137,7 +137,14 @@ ENTRIES = {
 MOST_ROWS = 300
 """Classes in the report's table; the .csv file beside the evaluation has all."""
 
-SCORES = ("balanced", "top1", "macro_f1", "top5", "many", "medium", "few", "ece")
+SCORES = {
+    **{"balanced": "balanced", "top1": "top-1", "macro_f1": "macro F1", "top5": "top-5"},
+    **{"many": "many", "medium": "medium", "few": "few", "ece": "calibration error"},
+}
+"""What the page calls the scores, in its order."""
+
+TITLES = SCORES | {f"val/{key}": f"validation: {title}" for key, title in SCORES.items()}
+"""What the page calls the scores of the run's log and of tables."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +225,11 @@ def draw_all(
     distances = {run: rows for run, rows in of_runs(runs, "feature_distance").items() if len(rows)}
     samples = of_runs(runs, "sampled_features", "sampled_labels")
     embedded = {run: (embed_features(rows), labels) for run, (rows, labels) in samples.items() if len(rows) >= 3}
-    epochs = {run: evidence.epochs for run, evidence in runs.items() if evidence.epochs}
+    epochs = {
+        run: [{TITLES.get(key, key): value for key, value in line.items()} for line in evidence.epochs]
+        for run, evidence in runs.items()
+        if evidence.epochs
+    }
     plan = {
         "class_histogram": (plots.plot_class_histogram, counts, names),
         "class_accuracy": (plots.plot_class_accuracy, accuracies, counts),
@@ -264,7 +275,7 @@ def score_rows(runs: dict[str, Evidence]) -> list[list[str]]:
     shown = [
         key for key in SCORES if key in ("many", "medium", "few") or any(score.get(key) is not None for score in scores)
     ]
-    rows = [["run", "model", "flip", *shown]]
+    rows = [["run", "model", "flip", *(SCORES[key] for key in shown)]]
     for name, evidence in runs.items():
         for way in ("plain", "flip"):
             test = evidence.evaluation["test"][way]
@@ -407,7 +418,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
         absent=absent,
         run_table=run_rows(runs),
         score_table=score_rows(runs),
-        tables={name: [list(rows[0]), *(list(row.values()) for row in rows)] for name, rows in tables.items() if rows},
+        tables={
+            name: [[TITLES.get(key, key) for key in rows[0]], *(list(row.values()) for row in rows)]
+            for name, rows in tables.items()
+            if rows
+        },
         recipes={n: yaml.safe_dump(e.results["recipe"], sort_keys=False) for n, e in runs.items() if e.results},
         origins={n: {key: e.evaluation[key] for key in ("commit", "versions", "machine")} for n, e in runs.items()},
     )

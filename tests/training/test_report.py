@@ -47,7 +47,7 @@ def report(tmp_path_factory):
     runs = [make_run(folder / "ours"), make_run(folder / "theirs", seed=1)]
     results = folder / "results"
     results.mkdir()
-    wide = {f"column {i}": f"{i}.0 ± 1.0" for i in range(20)}
+    wide = {name: f"{i}.0 ± 1.0" for i, name in enumerate(["top1", "ece", *(f"column {i}" for i in range(18))])}
     (results / "table3.csv").write_text(",".join(wide) + "\n" + ",".join(wide.values()) + "\n")
     argv = [
         f"--run={runs[0]}",
@@ -111,6 +111,13 @@ def test_scores_of_the_report_are_those_of_the_evaluation(report):
     best = max(expert["top1"] for expert in test["flip"]["experts"])
     row = cells.index("best expert", cells.index("yes"))
     assert cells[row + 2] == f"{100 * best:.1f}"
+
+
+def test_scores_have_names_for_readers(report):
+    text = re.sub(r"base64,[A-Za-z0-9+/=]+", "", report.read_text())
+    titles = re.findall(r"<th [^>]*>([^<]*)</th>", text.partition("What was run")[0])
+    assert titles[3:] == ["balanced", "top-1", "macro F1", "top-5", "many", "medium", "few", "calibration error"]
+    assert not re.search(r"macro_f1|\btop1\b|\btop5\b|\bece\b", text)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: .ci/run installs Debian's, where it may")
