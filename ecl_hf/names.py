@@ -7,8 +7,8 @@ import html
 import re
 import unicodedata
 
-SHOWN = 80
-"""Characters of a name that are shown."""
+SHOWN, ON_PAGES = 80, 200
+"""Characters of a name that are shown; on pages titles of papers and names of repositories have a place, too."""
 
 JOINERS = "\u200c\u200d"
 """Invisible characters that Persian, Hindi and emoji need."""
@@ -45,13 +45,19 @@ def readable(text: str, most: int = 4000) -> str:
 
 def in_markdown(text: str) -> str:
     """A name as plain text of a Markdown page, also within a table; no mark, link or tag comes out of it."""
-    marks = re.sub(r"([\\`*_\[\]#!|~$])", r"\\\1", html.escape(printable(text), quote=False))
+    marks = re.sub(r"([\\`*_\[\]#!|~$])", r"\\\1", html.escape(printable(text, ON_PAGES), quote=False))
     return marks.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")
 
 
 def in_code(text: str) -> str:
     """A name for a Markdown code span, whose end it can't be."""
-    return printable(text).replace("`", "'").replace("|", "/")
+    return printable(text, ON_PAGES).replace("`", "'").replace("|", "/")
+
+
+def fenced(text: str, language: str) -> str:
+    """A text of several lines as a Markdown block of code, whose end none of its lines can be."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{visible(text)}\n{fence}"
 
 
 def in_spreadsheet(text: str) -> str:

@@ -32,7 +32,7 @@ from ecl_hf.data.sources import labels_of, read_source
 from ecl_hf.data.splits import PARTS, Split, check_output, compare_rows, pictures_of, records
 from ecl_hf.evidence.metrics import shot_groups
 from ecl_hf.flags import FlagParser
-from ecl_hf.names import in_code
+from ecl_hf.publishing.cards import fill
 from ecl_hf.repository import explain_hub_errors
 from ecl_hf.runs.recipe import Recipe, prepare_flags
 from ecl_hf.runs.recipe_files import RecipeFile
@@ -184,12 +184,11 @@ def dataset_card(split: Split, args: Namespace, metadata: datasets.DatasetInfo) 
     metadata.pretty_name = args.repo_id.split("/")[-1]
     if not record["source"]["local"] and "/" in record["source"]["name"]:
         metadata.source_datasets = [record["source"]["name"]]
-    return DatasetCard.from_template(
-        metadata,
-        template_path=CARD,
+    text = fill(
+        CARD,
+        card_data=metadata.to_yaml(),
         repo_id=args.repo_id,
         record=record,
-        group_column=in_code(record["data"].get("group_column") or ""),
         counts=counts,
         classes=list(zip(record["class_names"], counts, record["parts"]["test"]["class_counts"], strict=True)),
         groups={name: int(mask.sum()) for name, mask in shot_groups(counts).items()},
@@ -197,6 +196,7 @@ def dataset_card(split: Split, args: Namespace, metadata: datasets.DatasetInfo) 
         citation=args.citation,
         record_json=json.dumps({"protocol": record["protocol"], **record["data"]}, indent=1),
     )
+    return DatasetCard(text)
 
 
 @speaking()

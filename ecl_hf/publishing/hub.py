@@ -28,7 +28,8 @@ from ecl_hf.configuration_ecl import ECLConfig
 from ecl_hf.evidence.metrics import shot_groups
 from ecl_hf.heads import ECLHead
 from ecl_hf.modeling_ecl import ECLForImageClassification
-from ecl_hf.names import in_markdown, printable
+from ecl_hf.names import printable
+from ecl_hf.publishing.cards import fill
 from ecl_hf.publishing.words import data_name, last_name, tested_epoch, tested_part
 from ecl_hf.repository import explain_hub_errors, upload_directory
 
@@ -68,11 +69,6 @@ def best_expert(results: dict[str, Any] | None) -> int | None:
 def percent(value: float | None) -> str:
     """A fraction as a percentage with one decimal; "none" where there is nothing to average."""
     return "none" if value is None else f"{100 * value:.1f}"
-
-
-def _cell(text: str) -> str:
-    """A class name as it can stand in a table of a card."""
-    return in_markdown(text)
 
 
 def _eval_results(results: dict[str, Any], dataset: str | None, expert: int | None) -> list[EvalResult]:
@@ -180,26 +176,26 @@ def model_card(
         widget=[{"src": src, "example_title": f"Example {n}"} for n, src in enumerate(examples, 1)] or None,
     )
     counts = config.class_counts
-    names = [_cell(config.id2label[c]) for c in range(config.num_labels)]
+    names = [config.id2label[c] for c in range(config.num_labels)]
     if recipe:
         path = recipe["data"].get("path")
         recipe = {**recipe, "data": {**recipe["data"], "path": path and last_name(path)}}
-    return ModelCard.from_template(
-        metadata,
-        template_path=template,
+    text = fill(
+        template,
+        card_data=metadata.to_yaml(),
         config=config,
         repo_id=repo_id or "REPOSITORY",
         results=results,
         rows=_rows(results) if results else None,
         test=results["test"] if results else None,
         data_name=data_name(recipe["data"], dataset) if recipe else None,
-        tested_part=in_markdown(tested_part(recipe["data"])) if recipe else None,
+        tested_part=tested_part(recipe["data"]) if recipe else None,
         tested_epoch=tested_epoch(results) if results else None,
         recipe_yaml=yaml.safe_dump(recipe, sort_keys=False).strip() if recipe else None,
         classes=list(zip(names, counts, strict=True)) if counts else None,
         groups={name: int(mask.sum()) for name, mask in shot_groups(counts).items()} if counts else None,
         license_name=license,
-        weighted_on=in_markdown(config.weighted_on or ""),
+        weighted_on=config.weighted_on,
         plot=plot,
         expert=expert,
         best=best_expert(results),
@@ -207,6 +203,7 @@ def model_card(
         percent=percent,
         registered_with_timm=not config.architecture.endswith("_cifar"),
     )
+    return ModelCard(text)
 
 
 def write_card(

@@ -19,6 +19,7 @@ from PIL import Image
 from ecl_hf.data.config import DataConfig
 from ecl_hf.data.longtailed import load_longtailed
 from ecl_hf.data.official import BENCHMARKS
+from tests.markdown import HOSTILE, replaced, structure
 
 NAMES = ["Grüner Specht", "ant hill", "bee|fly"]
 COUNTS = {"train": [12, 9, 10], "test": [2, 1, 3]}
@@ -293,6 +294,17 @@ def test_card_says_that_groups_are_held_out_whole(profile, protocol, said, unsai
     for part in ["same value in the column `site'/`", "Whole groups", "near to 25 % of its images", *said]:
         assert part in text
     assert not any(part in text for part in ["Of each class, 25 %", *unsaid])
+
+
+def test_nothing_that_a_stranger_wrote_changes_the_page(pictures, tmp_path):
+    split = build(pictures, tmp_path / "split", "--data.profile=as_is")
+    options = script.Namespace(repo_id="me/birds", license=None, citation=None)
+    pages = []
+    for text in ("red/fox", HOSTILE):
+        told = replace(split, record=replaced(split.record, text))
+        pages.append(str(script.dataset_card(told, options, DatasetCard("---\n---\n").data)))
+    assert structure(pages[0]) == structure(pages[1])
+    assert "\x1b" not in pages[1]
 
 
 @pytest.mark.filterwarnings("ignore:.*fewer than 5")

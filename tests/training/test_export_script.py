@@ -22,6 +22,7 @@ from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.methods import METHODS, PAPERS
 from ecl_hf.publishing.hub import best_expert, model_card, write_card
 from ecl_hf.runs.folder import RunFolder
+from tests.markdown import HOSTILE, replaced, structure
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["red fox", "wolf", "lynx", "otter"]
@@ -99,6 +100,22 @@ def test_cards_name_the_pretrained_weights_with_their_tag(run):
         assert f"Training began with the pretrained weights `{tag}`." in card.text
         card = model_card(ROOT / "hub_cards" / template, load(run).config, results(3), expert=expert)
         assert "pretrained weights" not in card.text
+
+
+@pytest.mark.parametrize(("template", "expert"), [("model_card.md", None), ("timm_card.md", 1)])
+def test_nothing_that_a_stranger_wrote_changes_the_page(template, expert):
+    pages = []
+    for text in ("red/fox", HOSTILE):
+        names = {c: f"{text} {c}" for c in range(4)}
+        config = ECLConfig(
+            architecture="test_resnet", num_experts=3, class_counts=COUNTS, id2label=names, weighted_on=text
+        )
+        told = {**replaced(results(3), text), "pretrained_weights": text, "paper": text}
+        told["recipe"]["data"]["path"] = text.replace("/", "|")
+        pages.append(str(model_card(ROOT / "hub_cards" / template, config, told, expert=expert)))
+    assert structure(pages[0]) == structure(pages[1])
+    assert "\x1b" not in pages[1]
+    assert ModelCard(pages[1]).data.library_name == ModelCard(pages[0]).data.library_name
 
 
 def test_every_number_of_the_card_is_in_the_results(run, tmp_path):
