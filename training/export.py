@@ -15,14 +15,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import timm
 import transformers
 from jinja2 import UndefinedError
 from jsonargparse import Namespace
 
 from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.flags import FlagParser
-from ecl_hf.publishing.hub import best_expert, save_onnx, save_timm, write_card
+from ecl_hf.publishing.hub import best_expert, known_to_timm, save_onnx, save_timm, write_card
 from ecl_hf.publishing.space import copy_examples, upload_space, write_space
 from ecl_hf.repository import upload_directory
 from ecl_hf.runs.folder import RunFolder, read_results
@@ -104,8 +103,8 @@ def export(args: Namespace, results: dict[str, Any] | None, directory: Path) -> 
         raise ValueError(f"{find_results(args)} lacks something that the card says: {error!r}") from error
     if args.timm:
         save_timm(model, 0, directory)
-        known = timm.is_model(model.config.architecture) and not model.config.architecture.endswith("_cifar")
-        return f"{which} of {source} as a timm model" + ("" if known else "; `import ecl_hf` before loading it")
+        before = "" if known_to_timm(model.config.architecture) else "; `import ecl_hf` before loading it"
+        return f"{which} of {source} as a timm model{before}"
     model.save_pretrained(directory)
     return f"{which} of {source} with card"
 

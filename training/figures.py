@@ -27,6 +27,7 @@ import yaml
 
 from ecl_hf.evidence.analysis import embed_features
 from ecl_hf.evidence.classes import ranked_classes
+from ecl_hf.evidence.evaluation import percent
 from ecl_hf.files import read_entries, replacing
 from ecl_hf.flags import FlagParser
 from ecl_hf.names import printable
@@ -262,11 +263,6 @@ def points(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
         for row in rows
         if row["top1"]
     ]
-
-
-def percent(score: float | None) -> str:
-    """A fraction in percent."""
-    return "none" if score is None else f"{100 * score:.1f}"
 
 
 def score_rows(runs: dict[str, Evidence]) -> list[list[str]]:

@@ -187,6 +187,11 @@ def measure_speed(model: nn.Module, pixel_values: Tensor, repeats: int = 5) -> f
     return repeats * len(pixel_values) / seconds
 
 
+def percent(score: float | None) -> str:
+    """A fraction in percent, with one decimal; "none" where there was nothing to measure."""
+    return "none" if score is None else f"{100 * score:.1f}"
+
+
 def format_table(summary: dict[str, Any]) -> str:
     """A short text table of one entry of `summarise`, in percent."""
     rows = [("ensemble", summary["ensemble"])] if len(summary["experts"]) > 1 else []
@@ -194,6 +199,5 @@ def format_table(summary: dict[str, Any]) -> str:
     columns = ("top1", "balanced", "macro_f1", "many", "medium", "few", "ece")
     lines = [f"{'':10}" + "".join(f"{name:>9}" for name in columns)]
     for name, row in rows:
-        cells = ("none" if row.get(key) is None else f"{100 * row[key]:.1f}" for key in columns)
-        lines.append(f"{name:10}" + "".join(f"{cell:>9}" for cell in cells))
+        lines.append(f"{name:10}" + "".join(f"{percent(row.get(key)):>9}" for key in columns))
     return "\n".join(lines)

@@ -25,6 +25,7 @@ from huggingface_hub import (
 from torch import Tensor, nn
 
 from ecl_hf.configuration_ecl import ECLConfig
+from ecl_hf.evidence.evaluation import percent
 from ecl_hf.evidence.metrics import shot_groups
 from ecl_hf.heads import ECLHead
 from ecl_hf.modeling_ecl import ECLForImageClassification
@@ -66,9 +67,9 @@ def best_expert(results: dict[str, Any] | None) -> int | None:
     return max(range(len(scores)), key=scores.__getitem__)
 
 
-def percent(value: float | None) -> str:
-    """A fraction as a percentage with one decimal; "none" where there is nothing to average."""
-    return "none" if value is None else f"{100 * value:.1f}"
+def known_to_timm(architecture: str) -> bool:
+    """Whether timm makes this encoder by itself; else `ecl_hf` must be imported before."""
+    return timm.model_entrypoint(architecture).__module__.startswith("timm.")
 
 
 def _eval_results(results: dict[str, Any], dataset: str | None, expert: int | None) -> list[EvalResult]:
@@ -201,7 +202,7 @@ def model_card(
         best=best_expert(results),
         alone=bool(results) and len(results["test"]["plain"]["experts"]) == 1,
         percent=percent,
-        registered_with_timm=not config.architecture.endswith("_cifar"),
+        registered_with_timm=known_to_timm(config.architecture),
     )
     return ModelCard(text)
 
