@@ -61,5 +61,12 @@ def fenced(text: str, language: str) -> str:
 
 
 def in_spreadsheet(text: str) -> str:
-    """A name for a cell of a CSV file; one that a spreadsheet would compute gets an apostrophe in front."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    """Text for a cell of a CSV file; what a spreadsheet would compute gets an apostrophe in front, but for numbers."""
+    text = text.replace("\r", "\n")  # for which the csv module sets no quotation marks: the rest would be a new row
+    if not text.startswith(("=", "+", "-", "@", "\t", "\n")):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text

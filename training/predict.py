@@ -5,9 +5,8 @@ python training/predict.py --model runs/photos/model folder 'site_*/*.jpg' --out
 python training/predict.py --run runs/quickstart          # some pictures of the run's own test split
 """
 
-import csv
-import io
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -26,6 +25,7 @@ from ecl_hf.data.folders import find_pictures
 from ecl_hf.data.longtailed import load_longtailed
 from ecl_hf.data.pictures import BrokenPictureError, decode
 from ecl_hf.evidence.calibration import estimate_prior
+from ecl_hf.evidence.tables import as_csv
 from ecl_hf.flags import FlagParser
 from ecl_hf.names import printable
 from ecl_hf.pipeline import ECLImageClassificationPipeline
@@ -42,7 +42,8 @@ def readable(paths: Sequence[Path], broken: list[str]) -> Iterator[Picture]:
     """Decoded pictures with their paths, one after the other; what is wrong with the others goes into `broken`."""
     for path in paths:
         try:
-            yield str(path), decode({"bytes": None, "path": str(path)})
+            # A name may be no UTF-8 on the disk
+            yield os.fsencode(path).decode(errors="backslashreplace"), decode({"bytes": None, "path": str(path)})
         except BrokenPictureError as error:
             broken.append(str(error).replace("picture, ", "", 1))
 
@@ -80,14 +81,13 @@ def write_answers(file: Path, names: Sequence[str], answers: Sequence[Answer]) -
         ]
         write_atomically(file, json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
         return
-    places = range(1, max(map(len, answers), default=0) + 1)
-    rows = [["path", *(f"{what}_{n}" for n in places for what in ("class", "confidence")), "disagreement"]]
+    rows = []
     for name, best in zip(names, answers, strict=True):
-        cells = [cell for answer in best for cell in (answer["label"], f"{answer['score']:.6f}")]
-        rows.append([name, *cells, f"{best[0]['disagreement']:.6f}"])
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_atomically(file, text.getvalue())
+        row = {"path": name}
+        for place, answer in enumerate(best, 1):
+            row |= {f"class_{place}": str(answer["label"]), f"confidence_{place}": f"{answer['score']:.6f}"}
+        rows.append(row | {"disagreement": f"{best[0]['disagreement']:.6f}"})
+    write_atomically(file, as_csv(rows))
 
 
 def test_pictures(run: RunFolder, how_many: int) -> list[tuple[str, Image.Image]]:

@@ -12,7 +12,6 @@ from torch import Tensor
 from ecl_hf.evidence.metrics import class_accuracy, class_f1
 from ecl_hf.evidence.tables import as_csv
 from ecl_hf.heads import log_prior_shift
-from ecl_hf.names import in_spreadsheet
 
 SHOWN, PICTURES = 8, 4
 """Classes and pairs of classes that are shown, and pictures of each."""
@@ -51,7 +50,7 @@ def classes_csv(rows: Sequence[dict[str, int | float | None]], class_names: Sequ
     """`class_rows` with the names of the classes as CSV; the worst class comes first, untested ones last."""
     return as_csv(
         [
-            {"class": in_spreadsheet(class_names[c])} | {key: _cell(value) for key, value in rows[c].items()}
+            {"class": class_names[c]} | {key: _cell(value) for key, value in rows[c].items()}
             for c in ranked_classes(rows)
         ]
     )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from ecl_hf.names import in_spreadsheet
 from ecl_hf.runs.folder import FREE_TO_CHANGE, flatten
 from ecl_hf.runs.recipe import Recipe
 
@@ -219,9 +220,9 @@ def markdown(title: str, lines: Sequence[str], rows: Sequence[dict[str, str]], m
 
 
 def as_csv(rows: Sequence[dict[str, str]]) -> str:
-    """The rows as CSV with a header."""
+    """The rows as CSV with a header; what a spreadsheet would compute is text (`in_spreadsheet`)."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: in_spreadsheet(cell) for key, cell in row.items()} for row in rows)
     return text.getvalue()

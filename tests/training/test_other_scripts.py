@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import sys
@@ -123,6 +124,24 @@ def test_folders_and_patterns_are_answered_in_a_file_and_broken_pictures_listed(
     assert entries[0]["classes"][0]["label"] == answers[0][0]["label"]
     with pytest.raises(SystemExit, match="nothing"):
         predict.main([*flags, str(tmp_path / "nothing" / "*.png")])
+
+
+def test_answers_hold_nothing_that_a_spreadsheet_computes(tmp_path):
+    names = ["=1+1.png", "+x.png", "-1+1|x.png", "@x.png", "\t=1.png", "a\r=1.png", "plain.png"]
+    answers = [[{"label": "=HYPERLINK(1)", "score": 1.0, "disagreement": -0.5}] for _ in names]
+    predict.write_answers(tmp_path / "a.csv", names, answers)
+    with (tmp_path / "a.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == [*(f"'{name}" for name in names[:-2]), "a\n=1.png", "plain.png"]
+    assert {row["class_1"] for row in rows} == {"'=HYPERLINK(1)"}
+    assert {row["disagreement"] for row in rows} == {"-0.500000"}
+
+
+def test_picture_whose_name_is_no_text_has_one_in_the_answers(tmp_path):
+    file = tmp_path / os.fsdecode(b"caf\xe9.png")
+    Image.new("L", (9, 9)).save(file)
+    [(name, _)] = predict.readable([file], [])
+    assert name == str(tmp_path / r"caf\xe9.png")
 
 
 def test_estimated_frequencies_are_those_that_the_answers_carry(run, tmp_path, capsys):
