@@ -41,8 +41,8 @@ class Classifier:
         self.names = [config.id2label[c] for c in range(config.num_labels)]
         self.counts = config.class_counts
 
-    def prior(self, strength: float, file: str | None) -> list[float] | None:
-        """Class frequencies, from a file or from a slider; None where all classes are equally common.
+    def prior(self, strength: float, file: str | None) -> list[float]:
+        """Class frequencies, from a file or from a slider.
 
         Args:
             strength: 0 for equally common classes, 1 for those of the training pictures; between them, counts to
@@ -54,9 +54,7 @@ class Classifier:
         """
         if file is not None:
             return self._read_prior(Path(file))
-        if not strength or not self.counts:
-            return None
-        return [max(count, 1) ** strength for count in self.counts]
+        return [max(count, 1) ** strength for count in self.counts or [1] * len(self.names)]
 
     def _read_prior(self, file: Path) -> list[float]:
         found: dict[str, float] = {}

@@ -77,6 +77,19 @@ def test_answers_are_those_of_the_model(folder, picture, tmp_path):
     assert rows[0][1] != "red fox"  # which is not there, by the file
 
 
+def test_classes_are_equally_common_whatever_prior_the_logits_carry(folder, tmp_path):
+    model = ECLForImageClassification.from_pretrained(folder / "model")
+    model.config.logit_prior = "train"
+    model.save_pretrained(tmp_path)
+    classifier = Classifier(tmp_path)
+    logits = torch.tensor([[1.0, 0.5, 0.0]]) + torch.tensor([300, 60, 2]).log()
+    output = classifier.model._run_experts
+    classifier.model._run_experts = lambda pixels: (output(pixels)[0], logits[:, None].expand(-1, 2, -1))
+    scores, *_ = classifier.classify(Image.new("RGB", (9, 9)), 3, False, classifier.prior(0, None))
+    expected = torch.tensor([1.0, 0.5, 0.0]).softmax(0)
+    assert [scores[name] for name in NAMES] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [("bear,1", "line 1 of x.csv: 'bear' is no class"), ("wolf,1\nwolf,2", "line 2"), ("wolf,-1", "0 or more"),
