@@ -31,7 +31,7 @@ from ecl_hf import ECLForImageClassification
 from ecl_hf.data.config import DataConfig
 from ecl_hf.data.loaders import evaluation_loader
 from ecl_hf.data.longtailed import LongTailedData, load_longtailed
-from ecl_hf.data.pictures import BrokenPictureError, decode
+from ecl_hf.data.pictures import BrokenPictureError, decode, lies_outside
 from ecl_hf.data.views import evaluation_view
 from ecl_hf.evidence.analysis import (
     collect_transfer,
@@ -186,21 +186,33 @@ def score_tables(predictions: Predictions, counts: list[int], carried: torch.Ten
 
 
 def class_tables(
-    predictions: Predictions, pictures: datasets.Dataset, counts: list[int], carried: torch.Tensor, max_pixels: int
+    predictions: Predictions, data: LongTailedData, counts: list[int], carried: torch.Tensor, max_pixels: int
 ) -> dict[str, Any]:
-    """Scores of each class, the worst classes and the most confused pairs, with small pictures of the mistakes."""
+    """Scores of each class, the worst classes and the most confused pairs, with small pictures of the mistakes.
+
+    Reports are published: of files outside of the data set there are no pictures.
+    """
     logits, labels = predictions.ensemble_logits, predictions.labels
-    stored = pictures.cast_column("image", datasets.Image(decode=False))
+    stored = data.test.cast_column("image", datasets.Image(decode=False))
     places = np.delete(np.arange(len(stored)), predictions.left_out)
 
+    hidden = set()
+
     def picture(position: int) -> str | None:
+        record = stored[int(places[position])]["image"]
+        if lies_outside(record, data.folders):
+            hidden.add(position)
+            return None
         try:
-            return thumbnail(decode(stored[int(places[position])]["image"], max_pixels=max_pixels))
+            return thumbnail(decode(record, max_pixels=max_pixels))
         except BrokenPictureError:
             return None
 
     rows = class_rows(logits, labels, counts, carried)
-    return {"classes": rows, **mistakes(logits, labels, rows, picture)}
+    tables = {"classes": rows, **mistakes(logits, labels, rows, picture)}
+    if hidden:
+        print(f"{len(hidden)} pictures of mistakes are not shown: they lie outside of the data set's folder")
+    return tables
 
 
 def class_arrays(predictions: Predictions, counts: list[int]) -> dict[str, np.ndarray]:
@@ -312,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             results |= {"images_per_second": measure_speed(plain, batch), "landscape_images": args.landscape_images}
             carried = torch.as_tensor(plain.carried_prior())
             results |= {"logit_prior": plain.config.logit_prior} | score_tables(predictions, counts, carried)
-            results |= class_tables(predictions, data.test, counts, carried, config.max_pixels)
+            results |= class_tables(predictions, data, counts, carried, config.max_pixels)
             arrays |= class_arrays(predictions, counts)
             with refusing():
                 write(args.output, results, arrays)

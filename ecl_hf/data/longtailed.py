@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -34,6 +35,7 @@ class LongTailedData:
         val: pictures held out of the training split for validation; None without `val_fraction`.
         class_counts: training images of each class, [C].
         class_names: in label order, [C].
+        folders: where its picture files lie (`Source`).
     """
 
     train: datasets.Dataset | datasets.IterableDataset
@@ -41,6 +43,7 @@ class LongTailedData:
     class_counts: list[int]
     class_names: list[str]
     val: datasets.Dataset | None = None
+    folders: tuple[Path, ...] = ()
 
 
 def load_longtailed(config: DataConfig) -> LongTailedData:
@@ -55,7 +58,7 @@ def load_longtailed(config: DataConfig) -> LongTailedData:
     if config.streaming:
         if config.source in BENCHMARKS:
             raise ValueError(f"data.streaming does not read the list of {config.source}: build a split first")
-        return LongTailedData(*open_streams(config))
+        return LongTailedData(*open_streams(config), folders=(Path(config.path),) if config.path else ())
     source = load_source(config)
     if config.split is None:
         rows = choose_rows(config, source)
@@ -78,7 +81,7 @@ def load_longtailed(config: DataConfig) -> LongTailedData:
             held_out = hold_out_groups(config, labels, groups, counts, np.minimum(available, 2))
         train, val = train.select(np.setdiff1d(np.arange(len(labels)), held_out)), train.select(held_out)
     counts = np.bincount(labels_of(train), minlength=classes).tolist()
-    return LongTailedData(train, test, counts, source.class_names, val)
+    return LongTailedData(train, test, counts, source.class_names, val, source.folders)
 
 
 def load_source(config: DataConfig) -> Source:

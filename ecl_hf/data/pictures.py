@@ -1,8 +1,9 @@
 """From a picture file to 8-bit RGB; what can't be decoded is named."""
 
 import io
+import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,21 @@ def content(record: dict[str, Any] | None) -> bytes:
     if record is None or (record["bytes"] is None and record["path"] is None):
         raise ValueError("no picture in this row")
     return record["bytes"] if record["bytes"] is not None else read_bytes(record["path"], MAX_FILE)
+
+
+def lies_outside(record: dict[str, Any] | None, folders: Sequence[Path]) -> bool:
+    """Whether a picture is a file that does not lie in a data set's folders, or is a link to such a file.
+
+    A stranger's table or link may name any file of this machine: it is none to be published.
+    """
+    path = record["path"] if record and record["bytes"] is None else None
+    if path is None:
+        return False
+    try:
+        real = Path(os.path.realpath(path))
+    except ValueError:  # no path at all
+        return True
+    return not any(real.is_relative_to(folder.resolve()) for folder in folders)
 
 
 def decode(record: dict[str, Any] | None, where: str = "picture", max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -8,7 +8,6 @@ data/*.parquet   the pictures themselves, if asked for
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ecl_hf.data.config import DataConfig
-from ecl_hf.data.pictures import content
+from ecl_hf.data.pictures import content, lies_outside
 from ecl_hf.data.sources import Source, labels_of
 from ecl_hf.files import read_bytes, read_json
 from ecl_hf.names import printable
@@ -259,15 +258,12 @@ def _write_parquet(directory: Path, part: str, pictures: datasets.Dataset, folde
 
 
 def _copied(record: dict[str, Any] | None, folders: Sequence[Path], where: str) -> dict[str, Any]:
-    """A picture with its file in it: a table of a stranger, or a link, may name any file of this machine."""
-    path = record["path"] if record and record["bytes"] is None else None
-    if path is not None:
-        real = os.path.realpath(path)
-        if not any(Path(real).is_relative_to(folder.resolve()) for folder in folders):
-            raise ValueError(
-                f"{where}: {printable(path, 300)} lies outside of the data set, or leads there; pictures that are to "
-                "be copied must be files in its folder"
-            )
+    """A picture with its file in it."""
+    if lies_outside(record, folders):
+        raise ValueError(
+            f"{where}: {printable(record['path'], 300)} lies outside of the data set, or leads there; pictures that "
+            "are to be copied must be files in its folder"
+        )
     try:
         return {"bytes": content(record), "path": record and record["path"] and Path(record["path"]).name}
     except ValueError as error:

@@ -8,10 +8,12 @@ import zlib
 
 import data as data_script
 import datasets
+import evaluate
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from ecl_hf.data.config import DataConfig
@@ -19,6 +21,7 @@ from ecl_hf.data.loaders import ViewDataset
 from ecl_hf.data.longtailed import load_longtailed
 from ecl_hf.data.pictures import BrokenPictureError, decode
 from ecl_hf.data.splits import PARTS, Split
+from ecl_hf.evidence.evaluation import Predictions
 from tests.data.test_pictures import stored
 
 ODD_FILES = {
@@ -209,6 +212,24 @@ def test_no_file_that_a_table_names_is_published(dots, secret, tmp_path):
     with pytest.raises(SystemExit, match=r"^error: train row 9: .*secret\.png lies outside of the data set"):
         build(root, tmp_path / "split", "--data.label_column=label")
     assert not (tmp_path / "split").exists()
+
+
+@pytest.mark.parametrize("named", ["secret.png", "tables/link.png"])
+def test_no_file_that_a_table_names_is_shown_in_a_report(named, secret, tmp_path, capsys):
+    """All pictures of a class are taken for another; two of them are the data set's, one has no name."""
+    root = tmp_path / "tables"
+    paths = [f"{root}/own.png", f"{tmp_path}/{named}", "a\0b"]
+    images = [{"bytes": png(n), "path": None} for n in range(2)] + [{"bytes": None, "path": path} for path in paths]
+    tables(root, images, [1, 0, 0, 0, 0])
+    (root / "own.png").write_bytes(png(2))
+    (root / "link.png").symlink_to(secret)
+    data = load(root, label_column="label")
+    logits = torch.tensor([[0.0, 5.0], [0.0, 4.0], [0.0, 3.0], [0.0, 2.0], [0.0, 1.0]])
+    predictions = Predictions(torch.tensor([1, 0, 0, 0, 0]), logits[:, None], logits[:, None])
+    [worst] = evaluate.class_tables(predictions, data, [4, 1], torch.ones(2), 10**6)["worst"]
+    confidences = logits[1:3].double().softmax(-1)[:, 1].tolist()
+    assert [picture["confidence"] for picture in worst["pictures"]] == confidences
+    assert capsys.readouterr().out.startswith("2 pictures of mistakes are not shown")
 
 
 def test_no_file_that_a_link_leads_to_is_published(secret, folders, tmp_path):
