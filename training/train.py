@@ -183,6 +183,7 @@ class Training(Session):
                     self._write_checkpoint()
                 if self.upload and ended and epoch % recipe.hub.every == 0 and self.progress.step < self.total_steps:
                     model = published_copy(self.averaged)
+                    check_weights(model)
                     if self.encoder:
                         self.encoder.put_into(model)
                     self.upload.offer(model, partial(self.add_card, results=None), f"Epoch {epoch}")
@@ -338,6 +339,7 @@ class Training(Session):
             for rewrite in self.method.finish:
                 rewrite(FinishContext(**self._context()))
             fold_heads(self.model)
+        check_weights(self.model)
         if self.data.val is not None:
             self._calibrate()
 

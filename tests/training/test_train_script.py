@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import train as script
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 from train import main
@@ -17,6 +18,7 @@ from train import main
 from ecl_hf import ECLForImageClassification
 from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.methods import METHODS
+from ecl_hf.publishing.hub import BackgroundUpload
 from ecl_hf.runs.folder import RunFolder
 
 TINY = [
@@ -259,6 +261,30 @@ def test_finished_run_is_reported_again_and_not_touched(tmp_path, capsys):
 def test_non_finite_loss_stops_the_run_and_names_the_terms(tmp_path):
     with pytest.raises(SystemExit, match=r"step 2 .*supervision is (nan|inf).* training pictures \[\d+(, \d+){15}\]"):
         train(tmp_path / "run", "--method=bc", "--optim.lr=1e30")
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["_log", "finish"])
+def test_diverged_run_publishes_nothing(when, tmp_path, monkeypatch):
+    """The statistics of a layer are infinite after the first epoch, or after the last one."""
+    offered = []
+    monkeypatch.setattr("ecl_hf.session.check_upload", lambda *_: None)
+    monkeypatch.setattr(BackgroundUpload, "offer", lambda _, model, *rest: offered.append(model))
+    monkeypatch.setattr("train.upload_directory", lambda *_, **kwargs: offered.append(kwargs))
+    before = getattr(script.Training, when)
+
+    def diverge(training, *arguments):
+        training.model.experts[0].backbone.bn1.running_var[0] = torch.inf
+        before(training, *arguments)
+
+    monkeypatch.setattr(script.Training, when, diverge)
+    flags = ["--method=ce", "--model.num_experts=1", "--train.checkpoint_every=10", "--epochs=2"]
+    hub = ["--hub.push=true", "--hub.repo_id=me/x", *(["--hub.every=1"] if when == "_log" else [])]
+    with pytest.raises(SystemExit, match=r"^\nerror: the weights are not finite and were not saved: .*running_var"):
+        train(tmp_path / "run", *flags, *hub)
+    assert offered == []
+    assert not (tmp_path / "run" / "model").exists()
     assert not (tmp_path / "run" / "results.json").exists()
 
 
