@@ -50,7 +50,7 @@ from ecl_hf.learning.initialise import initialise_model, label_leak, shared_part
 from ecl_hf.learning.memory import checkpoint_blocks, checkpoint_experts, counted_once, keep_freed_memory
 from ecl_hf.learning.optimiser import build_optimizer, learning_rate
 from ecl_hf.learning.precision import bfloat16_fault
-from ecl_hf.learning.stages import begin_heads, check_stages, fold_heads
+from ecl_hf.learning.stages import begin_heads, check_stages, fold_heads, idle_keys
 from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.learning.teachers import load_teacher
 from ecl_hf.learning.tuning import (
@@ -185,6 +185,9 @@ class Session:
         self.model = initialise_model(recipe.model, self.method, counts, names, recipe.loss)
         if leak := label_leak(recipe.model, recipe.data.source):
             self.say(f"warning: {leak}")
+        compiled = recipe.train.compile
+        for idle in idle_keys(self.method, recipe.method, recipe.model, self.model, compiled=compiled):
+            self.say(f"warning: {idle}")
         self.encoder = None
         if recipe.model.tune != "head":
             self._save_memory()

@@ -37,7 +37,7 @@ class ModelConfig:
     share_blocks: int = 0
     """Blocks of the stage behind them that are, too."""
     classifier: Literal["linear", "cosine"] = "linear"
-    """Kind of the classification heads."""
+    """Kind of the classification heads, where the method does not bring its own."""
     classifier_scale: float = 16.0
     """Scale of the cosine classifier; not used by the linear one."""
     args: dict[str, Any] | None = None
@@ -62,6 +62,10 @@ class ModelConfig:
         for name in ("share_stages", "share_blocks"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"model.{name} must not be negative, got {value}")
+        require(
+            self.share_stages or not self.share_blocks,
+            "model.share_blocks counts blocks behind shared stages: set model.share_stages, too",
+        )
         require(
             self.image_size is None or self.image_size >= 8,
             f"model.image_size must be at least 8, got {self.image_size}",
@@ -121,7 +125,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     """Micro-batches of one optimiser step; `batch_size` counts all of them."""
     compile: bool = False
-    """Compile the encoders with `torch.compile`."""
+    """Compile the encoders with `torch.compile`; those that a method does not run as a whole stay as they are."""
     gradient_checkpointing: bool = False
     """Save memory: compute the activations within the encoders' blocks a second time instead of keeping them."""
     experts_one_by_one: bool = False

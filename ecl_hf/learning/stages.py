@@ -1,4 +1,4 @@
-"""From one stage to the next: heads that are new, wrapped or folded, and views, samplers and checks of a stage."""
+"""From one stage to the next: heads that are new, wrapped or folded; and what of a recipe a method can't use."""
 
 import copy
 from typing import Any
@@ -7,7 +7,8 @@ import torch
 
 from ecl_hf.checks import require
 from ecl_hf.data.samplers import instance
-from ecl_hf.heads import HEADS, describe_head
+from ecl_hf.heads import HEADS, ECLCosineHead, describe_head
+from ecl_hf.learning.config import ModelConfig
 from ecl_hf.learning.low_rank import merge_low_rank
 from ecl_hf.methods.base import HeadContext, Method, Stage
 from ecl_hf.modeling_ecl import ECLForImageClassification
@@ -47,6 +48,30 @@ def published_copy(model: ECLForImageClassification) -> ECLForImageClassificatio
     merge_low_rank(copied)
     fold_heads(copied)
     return copied
+
+
+def idle_keys(
+    method: Method, name: str, config: ModelConfig, model: ECLForImageClassification, *, compiled: bool
+) -> list[str]:
+    """Sentences on keys that do nothing with a method; they may come from a recipe that was written for another one.
+
+    Args:
+        method: of the run.
+        name: of the method.
+        config: the recipe's model section.
+        model: the fresh ensemble.
+        compiled: whether the recipe asks for `train.compile`.
+    """
+    found = []
+    if method.head is not None and config.classifier != "linear":
+        found.append(
+            f"model.classifier {config.classifier} does nothing: {name} has {method.head.kind} heads of its own"
+        )
+    if config.head_init == "class_means" and not isinstance(model.experts[0].head, ECLCosineHead):
+        found.append(f"model.head_init class_means does nothing: the heads of {name} are no cosine classifiers")
+    if compiled and (model.sides is not None or any("branches" in stage.needs for stage in method.stages)):
+        found.append(f"train.compile does nothing: {name} looks into the encoders, which are compiled as a whole")
+    return found
 
 
 def check_stages(

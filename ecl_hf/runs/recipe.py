@@ -65,6 +65,25 @@ class Recipe:
                 min(given) >= 1 and sum(given) == self.epochs,
                 f"stage_epochs {given} must be positive and add up to epochs, which is {self.epochs}",
             )
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Refuse keys that would do nothing because of keys in other sections."""
+        validated = self.data.val_fraction is not None
+        require(
+            validated or self.train.patience is None,
+            "train.patience looks at validation pictures: set data.val_fraction",
+        )
+        if self.model.head_init == "class_means":
+            require(
+                not self.data.streaming,
+                "model.head_init class_means looks at all training pictures first, which data.streaming does not allow",
+            )
+            require(
+                METHODS[self.method].head is not None or self.model.classifier == "cosine",
+                "model.head_init class_means is a start for cosine classifiers: set model.classifier cosine, or "
+                "model.head_init random",
+            )
 
     @property
     def epochs_of_stages(self) -> list[int]:
@@ -114,8 +133,8 @@ class Recipe:
             FileNotFoundError: there is no such recipe; the message lists the names.
             ValueError: a key is unknown, or a value does not fit it; the message names the key.
         """
-        tree = read_yaml(find_recipe(name))
-        own = tree.get("method", "ecl")
+        found = read_yaml(find_recipe(name))
+        tree, own = dict(found), found.get("method", "ecl")
         method = changes.get("method", own)
         try:
             tree["loss"], _ = own_settings(own, tree.get("loss", {}), method)
@@ -123,8 +142,10 @@ class Recipe:
                 section = tree.get(key) if isinstance(tree.get(key), dict) else {}
                 tree[key] = {**section, **value} if isinstance(value, dict) else value
             check_settings(method, tree["loss"])
+            profile = tree["data"].get("profile") if isinstance(tree.get("data"), dict) else None
+            check_file(found, profile)
             if isinstance(data := changes.get("data"), dict):
-                check_profile(tree["data"].get("profile", DataConfig.profile), [f"data.{key}" for key in data])
+                check_profile(profile, [f"data.{key}" for key in data])
             tree = {key: value for key, value in tree.items() if value != {}}
             parser = ArgumentParser(exit_on_error=False)
             cls.add_arguments(parser, method)
@@ -149,6 +170,16 @@ def check_settings(method: str, keys: Iterable[str]) -> None:
             of = f", but of {', '.join(others[:5])}" if others else ""
             has = f"it has {', '.join(own)}" if own else "it has none"
             raise ValueError(f"loss.{key} is no setting of {method}{of}; {has}")
+
+
+def check_file(found: dict[str, Any], profile: Any) -> None:
+    """Refuse a file with keys that its own profile of the class counts does not use, if that is the run's, too.
+
+    With their defaults it may hold them, as the resolved recipe of a run does.
+    """
+    data = found.get("data")
+    if isinstance(data, dict) and data.get("profile") == profile:
+        check_profile(profile, [f"data.{key}" for key in data if data[key] != getattr(DataConfig, key, None)])
 
 
 def check_profile(profile: Any, keys: Iterable[str]) -> None:
@@ -205,7 +236,7 @@ def prepare_flags(argv: Sequence[str]) -> tuple[list[str], str, list[str]]:
 
     Raises:
         FileNotFoundError: there is no such recipe.
-        ValueError: a flag or a file names settings that its method does not have, or a flag has no effect.
+        ValueError: a flag or a file names settings that its method does not have, or a key that has no effect.
     """
     flags, method, files, profile = [], "ecl", [], DataConfig.profile
     words = iter(argv)
@@ -232,4 +263,6 @@ def prepare_flags(argv: Sequence[str]) -> tuple[list[str], str, list[str]]:
     given = [flag.partition("=")[0].removeprefix("--") for flag in flags if flag.startswith("--")]
     check_settings(method, (key.removeprefix("loss.") for key in given if key.startswith("loss.")))
     check_profile(profile, given)
+    for _, found in files:
+        check_file(found, profile)
     return flags, method, left_out

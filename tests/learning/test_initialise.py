@@ -265,7 +265,7 @@ def test_weights_that_know_the_labels_are_told_by_their_tag(architecture, pretra
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"share_blocks": 1}, r"^model\.share_blocks counts the blocks behind shared stages, and needs share_stages"),
+        ({"share_blocks": 1}, r"^model\.share_blocks counts blocks behind shared stages: set model\.share_stages"),
         ({"num_experts": 65}, r"^model\.num_experts must lie in 1\.\.64, got 65$"),
         ({"image_size": 4096}, r"^model\.image_size: .*4096"),
         ({"classifier": "cosine", "classifier_scale": 20000.0}, r"^model\.classifier_scale must be .* at most 10000"),

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from ecl_hf import ECLConfig, ECLForImageClassification
-from ecl_hf.learning.config import OptimConfig
+from ecl_hf.learning.config import ModelConfig, OptimConfig
+from ecl_hf.learning.initialise import initialise_model
 from ecl_hf.learning.optimiser import build_optimizer, learning_rate, set_learning_rate
-from ecl_hf.learning.stages import begin_heads, check_stages, fold_heads
+from ecl_hf.learning.stages import begin_heads, check_stages, fold_heads, idle_keys
 from ecl_hf.learning.task import CollaborativeTask, mean_loss
 from ecl_hf.methods import METHODS, Method, Stage, Term
 from ecl_hf.methods.base import BACKBONES, HEADS, PerImage, Trains
@@ -206,6 +207,29 @@ def test_a_missing_teacher_is_told_how_to_make():
     method = Method((Stage((SUPERVISION,)),), teacher="bc")
     with pytest.raises(ValueError, match="train one with `--method bc` and name its run folder"):
         check_stages(method, streaming=False, pieces=1, teacher=None, name="m")
+
+
+# Keys of another method's recipe
+
+
+@pytest.mark.parametrize(
+    ("method", "keys"),
+    [
+        ("bc", []),
+        ("ldam", ["model.classifier"]),
+        ("crt", ["model.classifier", "model.head_init"]),
+        ("reslt", ["model.classifier", "model.head_init", "train.compile"]),
+        ("tcl", ["model.classifier", "train.compile"]),
+    ],
+)
+def test_keys_that_do_nothing_with_a_method_are_named(method, keys):
+    config = ModelConfig(architecture="resnet20_cifar", classifier="cosine", head_init="class_means")
+    model = initialise_model(config, METHODS[method], [9, 5, 2], ["a", "b", "c"], METHODS[method].settings())
+    found = idle_keys(METHODS[method], method, config, model, compiled=True)
+    assert [sentence.split()[0] for sentence in found] == keys
+    assert all(method in sentence for sentence in found)
+    plain = ModelConfig(architecture="resnet20_cifar")
+    assert idle_keys(METHODS[method], method, plain, model, compiled=False) == []
 
 
 # Optimisers

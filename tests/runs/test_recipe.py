@@ -1,6 +1,6 @@
 """The paper's numbers in defaults and recipe files, and what a mistake in a file is answered with."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -418,3 +418,47 @@ def test_recipe_with_an_imbalance_factor_serves_pictures_as_they_are():
     assert Recipe.named("quickstart", data={"profile": "as_is"}).data.profile == "as_is"
     with pytest.raises(ValueError, match="imbalance_factor does nothing with"):
         Recipe.named("quickstart", data={"profile": "as_is", "imbalance_factor": 5.0})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"patience": 3}}, r"train\.patience looks at validation pictures: set data\.val_fraction"),
+        ({"model": {"head_init": "class_means"}}, r"model\.head_init class_means .* set model\.classifier cosine"),
+        (
+            {
+                "model": {"head_init": "class_means", "classifier": "cosine"},
+                "data": {"streaming": True, "profile": "as_is"},
+            },
+            r"model\.head_init class_means .* data\.streaming does not allow",
+        ),
+        ({"model": {"share_blocks": 1}}, r"model\.share_blocks counts blocks behind .*: set model\.share_stages"),
+        ({"model": {"share_blocks": 1}, "method": "bbn"}, r"model\.share_blocks .*: set model\.share_stages"),
+    ],
+)
+def test_keys_that_would_do_nothing_are_refused(changes, message, tmp_path):
+    (tmp_path / "plain.yaml").write_text("method: bc\n")
+    with pytest.raises(ValueError, match=message):
+        Recipe.named(tmp_path / "plain.yaml", **changes)
+
+
+@pytest.mark.parametrize("name", ["photos", "photos_tuned", "cifar100_lt_features"])
+def test_recipes_for_photos_take_every_method(name):
+    recipe = Recipe.named(name)
+    for method in METHODS:
+        replace(recipe, method=method, loss=None)
+
+
+def test_file_with_counts_that_its_own_profile_does_not_use_is_refused(tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text("data: {profile: as_is, imbalance_factor: 50}\n")
+    message = r"data\.imbalance_factor does nothing with data\.profile as_is"
+    with pytest.raises(ValueError, match=message):
+        prepare_flags(["--recipe", str(file)])
+    with pytest.raises(ValueError, match=message):
+        Recipe.named(file)
+    prepare_flags(["--recipe", str(file), "--data.profile=pareto"])
+    assert Recipe.named(file, data={"profile": "pareto"}).data.imbalance_factor == 50
+    file.write_text(yaml.safe_dump(asdict(Recipe.named("places_lt"))))  # as a run's folder holds it
+    prepare_flags(["--recipe", str(file)])
+    Recipe.named(file)
