@@ -152,6 +152,14 @@ def test_strangers_code_is_not_passed_on(repository, tmp_path):
     assert "evil" not in json.dumps(saved)
 
 
+def test_code_of_another_repository_is_not_named_in_any_copy(repository, tmp_path):
+    """As in what goes with an ONNX file, of which transformers writes nothing anew."""
+    own = json.loads((repository / "config.json").read_text())["auto_map"]
+    edit(repository / "config.json", auto_map={key: f"evil/repo--{value}" for key, value in own.items()})
+    ECLConfig.from_pretrained(repository).to_json_file(tmp_path / "config.json")
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == own
+
+
 @pytest.mark.parametrize("load", LOADERS)
 @pytest.mark.parametrize(
     "name", ["../other/model.safetensors", "/etc/model.safetensors", "..\\x.safetensors", 7, "x.bin"]

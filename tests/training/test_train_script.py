@@ -270,7 +270,7 @@ def test_diverged_run_publishes_nothing(when, tmp_path, monkeypatch):
     """The statistics of a layer are infinite after the first epoch, or after the last one."""
     offered = []
     monkeypatch.setattr("ecl_hf.session.check_upload", lambda *_: None)
-    monkeypatch.setattr(BackgroundUpload, "offer", lambda _, model, *rest: offered.append(model))
+    monkeypatch.setattr(BackgroundUpload, "offer", lambda _, model, *__: offered.append(model))
     monkeypatch.setattr("train.upload_directory", lambda *_, **kwargs: offered.append(kwargs))
     before = getattr(script.Training, when)
 
