@@ -17,10 +17,11 @@ import pyarrow.parquet as pq
 import torch
 from datasets.distributed import split_dataset_by_node
 from datasets.packaged_modules.parquet.parquet import Parquet
+from PIL import Image
 from torch.utils.data import DataLoader, Sampler
 
 from ecl_hf.data.config import MAX_PIXELS, DataConfig
-from ecl_hf.data.loaders import OnError, collated, draw, own_generators
+from ecl_hf.data.loaders import OnError, a_few, collated, draw, own_generators
 from ecl_hf.data.pictures import BrokenPictureError, content, decode
 from ecl_hf.data.sources import (
     Source,
@@ -173,21 +174,27 @@ class StreamedViews(torch.utils.data.Dataset):
         self.epoch = 0
 
     def __getitems__(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """A batch; global random generators are left as they were."""
-        decoded = [self._decode(record["image"]) for record in records]
-        good = [i for i, image in enumerate(decoded) if not isinstance(image, str)]
-        if not good:
-            raise BrokenPictureError(f"no picture of a batch can be decoded, the first is {decoded[0]}")
-        items = []
+        """A batch, one large picture after the other in memory; global random generators are left as they were."""
+        items: dict[int, dict[str, Any]] = {}
+        broken: dict[int, str] = {}
         with own_generators():
-            for i, record in enumerate(records):
-                chosen = min(good, key=lambda j, i=i: (j - i) % len(records))
-                item = draw(self.views, decoded[chosen], [self.seed, self.epoch, record["place"]])
-                item |= {"labels": records[chosen]["label"], "indices": record["place"]}
-                if self.on_error == "replace":
-                    item["broken"] = "" if chosen == i else decoded[i]
-                items.append(item)
-        return items
+            images = a_few(self._decode(record["image"]) for record in records)
+            for i, (record, image) in enumerate(zip(records, images, strict=True)):
+                if isinstance(image, str):
+                    broken[i] = image
+                else:
+                    items[i] = self._item(image, record["label"], record["place"])
+            if not items:
+                raise BrokenPictureError(f"no picture of a batch can be decoded, the first is {broken[0]}")
+            for i, reason in broken.items():
+                chosen = records[min(items.keys() - broken, key=lambda j, i=i: (j - i) % len(records))]
+                items[i] = self._item(self._decode(chosen["image"]), chosen["label"], records[i]["place"])
+                items[i]["broken"] = reason
+        return [items[i] for i in range(len(records))]
+
+    def _item(self, image: Image.Image, label: int, place: int) -> dict[str, Any]:
+        item = draw(self.views, image, [self.seed, self.epoch, place]) | {"labels": label, "indices": place}
+        return item | {"broken": ""} if self.on_error == "replace" else item
 
     def _decode(self, image: dict[str, Any]) -> Any:
         """A picture, or what is wrong with it."""

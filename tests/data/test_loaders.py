@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import re
+import weakref
 
 import datasets
 import evaluate
@@ -15,8 +16,9 @@ from PIL import Image
 
 from ecl_hf.data import loaders, pictures
 from ecl_hf.data.folders import pictures as picture_files
-from ecl_hf.data.loaders import EpochSampler, ViewDataset, evaluation_loader, train_loader
+from ecl_hf.data.loaders import EpochSampler, Pick, ViewDataset, evaluation_loader, train_loader
 from ecl_hf.data.pictures import BrokenPictureError
+from ecl_hf.data.streaming import StreamedViews
 from ecl_hf.data.views import evaluation_view, supervised_view
 
 PIXELS = {"input_size": (3, 16, 16), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3), "crop_pct": 1.0}
@@ -148,6 +150,33 @@ def test_small_set_is_decoded_once(source, workers, decoded, monkeypatch):
     monkeypatch.setattr(pictures, "DECODED_LIMIT", 4 * 3 * 16 * 16)  # larger than the sample had it: four are kept
     assert torch.equal(labels_of_epochs(ViewDataset(source, views, keep=True), workers), kept)
     assert decoded.value == 10 + 30 + 30 + 10 + 3 * 6
+
+
+def test_one_picture_at_a_time_is_in_memory(damaged, monkeypatch):
+    """A batch of 256 photographs of 12 million pixels would take ten gigabytes."""
+    decoded, seen, original = [], [], pictures.decode
+
+    def watched(record, *more):
+        image = original(record, *more)
+        decoded.append(weakref.ref(image))
+        return image
+
+    def view(_):
+        seen.append(sum(image() is not None for image in decoded))
+        return torch.rand(1)
+
+    for module in ("loaders", "streaming"):
+        monkeypatch.setattr(f"ecl_hf.data.{module}.decode", watched)
+    monkeypatch.setattr(loaders, "READ", 4)
+    monkeypatch.setattr(loaders, "AHEAD", 256)  # pixels of one picture here
+    ViewDataset(damaged, {"pixel_values": view}, on_error="mark").__getitems__([Pick(i, 0, 9 - i) for i in range(10)])
+    assert len(seen) == 20
+    records = [damaged.cast_column("image", datasets.Image(decode=False))[i] | {"place": i} for i in range(10)]
+    items = StreamedViews({"pixel_values": view}, on_error="replace").__getitems__(records)
+    assert [item["labels"] for item in items] == [0, 1, 1, 1, 1, 2, 0, 1, 2, 0]
+    assert [item["indices"] for item in items if item["broken"]] == list(BROKEN)
+    assert len(seen) == 30
+    assert max(seen) == 2  # one goes while the next one comes
 
 
 def test_pictures_in_tables_are_read_as_they_are_stored(tmp_path):
