@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -191,12 +191,14 @@ def own_experts(method: str) -> tuple[tuple[str, Any, str], ...]:
 
 def changed(cell: Cell, recipe: Recipe, **settings: Any) -> Cell:
     """The cell with other settings; those that are the recipe's own leave its name as it is."""
+    of_ecl = METHODS["ecl"].settings
+    loss = recipe.loss if isinstance(recipe.loss, of_ecl) else of_ecl()
     own = {
         "gamma": (recipe.data.imbalance_factor, ("data.imbalance_factor",)),
-        "k": (METHODS[cell.method].num_experts(recipe.model.num_experts), ("model.num_experts",)),
+        "k": (recipe.model.num_experts or METHODS[cell.method].experts.default, ("model.num_experts",)),
         "share": (recipe.model.share_stages or 0, ("model.share_stages",)),
-        "alpha": (recipe.loss.alpha_logit, ("loss.alpha_logit", "loss.alpha_feature")),
-        "beta": (recipe.loss.beta, ("loss.beta",)),
+        "alpha": (loss.alpha_logit, ("loss.alpha_logit", "loss.alpha_feature")),
+        "beta": (loss.beta, ("loss.beta",)),
     }
     changes = []
     for short, value in settings.items():
@@ -287,11 +289,18 @@ def read_recipe(file: Path, flags: str = "") -> Recipe:
         sys.exit(f"error: recipe {file}: {error}")
 
 
-def refusal(name: str, recipe: Recipe) -> str | None:
-    """Why train.py would refuse a method with a recipe, as far as that can be known without data; None if not."""
-    method, streaming = METHODS[name], recipe.data.streaming
+def refusal(cell: Cell, recipe: Recipe) -> str | None:
+    """Why train.py would refuse a cell with a recipe, as far as that can be known without data; None if not."""
+    name, method, streaming = cell.method, METHODS[cell.method], recipe.data.streaming
     pieces = recipe.train.gradient_accumulation_steps
+    changes: dict[str, dict[str, Any]] = {"data": {}, "model": {}, "loss": {}}
+    for key, value, _ in cell.changes:
+        section, _, short = key.partition(".")
+        changes[section][short] = value
     try:
+        data, model = (replace(getattr(recipe, section), **changes[section]) for section in ("data", "model"))
+        replace(recipe, method=name, data=data, model=model, loss=method.settings(**changes["loss"]))
+        method.num_experts(model.num_experts)
         method.stage_epochs(recipe.epochs)
         check_stages(method, streaming=streaming, pieces=pieces, teacher=method.teacher, name=name)
         if recipe.model.tune == "head":
@@ -558,11 +567,9 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
                 f"error: unknown cells {', '.join(sorted(unknown))}; choose from {', '.join(dict.fromkeys(names))}"
             )
         rows = [(cell, head) for cell, head in rows if not args.cells or cell.name in args.cells]
-        refused[file.stem] = {}
-        if args.target == "methods":
-            whole = read_recipe(file, args.flags)
-            reasons = {cell: refusal(cell.method, whole) for cell, _ in rows}
-            refused[file.stem] = {cell: reason for cell, reason in reasons.items() if reason}
+        whole = read_recipe(file, args.flags)
+        reasons = {cell: refusal(cell, whole) for cell, _ in rows}
+        refused[file.stem] = {cell: reason for cell, reason in reasons.items() if reason}
         for cell, reason in refused[file.stem].items():
             print(f"{file.stem} {cell.name}: left out: {reason}")
         tables_of[file.stem] = [(cell, head) for cell, head in rows if cell not in refused[file.stem]]

@@ -163,6 +163,26 @@ def test_dry_run_tells_the_cost_from_the_step_time(tmp_path, tiny, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("target", reproduce.NOTES)
+def test_tables_of_a_recipe_that_is_not_ecl_s(target, tmp_path, capsys):
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text("method: bc\nmodel: {num_experts: 3, pretrained: true, tune: head}\nepochs: 9\n")
+    flags = ["--recipes", str(recipe), f"--runs_dir={tmp_path}", f"--results_dir={tmp_path}", "--seeds", "0"]
+    reproduce.main([target, *flags, "--dry_run"])
+    *lines, left = capsys.readouterr().out.splitlines()
+    refused = {line.split()[1].rstrip(":"): line for line in lines if ": left out: " in line}
+    assert left == f"{len(lines) - len(refused)} runs left, hours: unknown"
+    assert len(lines) > len(refused)
+    if target == "shared_stages":
+        assert [name for name in refused if "share1" in name] == ["bc_ensemble-mean-share1", "ecl-mean-share1"]
+        assert all("experts share the whole encoder" in line for line in refused.values())
+    if target == "table1":
+        assert refused.keys() == {"ce-gamma10", "ce-gamma50", "ce", "ce-gamma200"}
+        assert all("this method trains 1 expert, but the model has 3" in line for line in refused.values())
+    if target == "fig5":
+        assert any(line.startswith("own ecl-mean-alpha0.2 seed 0") for line in lines)
+
+
 def test_shards_part_the_runs(tiny, capsys):
     parts = []
     for index in (1, 2, 3):
