@@ -6,6 +6,7 @@ A name may hold anything: commands for the terminal, marks that turn the directi
 import html
 import re
 import unicodedata
+from collections.abc import Sequence
 
 SHOWN, ON_PAGES = 80, 200
 """Characters of a name that are shown; on pages titles of papers and names of repositories have a place, too."""
@@ -28,6 +29,11 @@ def _shown(character: str) -> str:
     # Control, format, surrogate, private use, unassigned; separators of lines and paragraphs
     hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
     return REPLACEMENT if hidden and character not in JOINERS else character
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """The first of several names, each of them `printable`."""
+    return ", ".join(map(printable, names[:most])) + (", ..." if len(names) > most else "")
 
 
 def visible(text: str) -> str:

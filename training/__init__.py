@@ -23,6 +23,7 @@ from ecl_hf.modeling_ecl import ECLForImageClassification
 from ecl_hf.runs.folder import RunFolder, read_results
 from ecl_hf.runs.interruption import STOPPED
 from ecl_hf.runs.recipe import Recipe
+from ecl_hf.terminal import speaking
 from ecl_hf.training import train as script
 
 __all__ = ["Run", "train"]
@@ -100,7 +101,7 @@ def train(
         KeyboardInterrupt: it was interrupted, and continues with `resume`.
     """
     given = {"output_dir": Path(output_dir), "resume": resume, "allow_changes": allow_changes}
-    with _raising():
+    with _raising(), speaking():
         try:
             return Run(script.run_recipe(recipe, Namespace(**given, report_to=list(report_to), left_out=[])))
         except SystemExit as end:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ecl_hf.data.config import DataConfig
 from ecl_hf.data.pictures import FORMATS
-from ecl_hf.names import printable
+from ecl_hf.names import listed, printable
 
 PICTURES = frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS)
 SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
@@ -77,9 +77,7 @@ def read_class_folders(root: Path, config: DataConfig) -> tuple[dict[str, datase
     if config.test_fraction is not None:
         parts = {"train": parts["train"] if _is_split(parts["train"]) else root}
         if parts["train"] == root and (found := _folders(root)) and SPLITS.issuperset(found):
-            raise ValueError(
-                f"{root} has no split {config.train_split!r} (data.train_split); it has {', '.join(found)}"
-            )
+            raise ValueError(f"{root} has no split {config.train_split!r} (data.train_split); it has {listed(found)}")
     there = {key: _folders(part) for key, part in parts.items()}
     class_names = sorted(set().union(*there.values()))
     if strange := [name for name in class_names if not _encodable(name)]:
@@ -98,7 +96,7 @@ def read_class_folders(root: Path, config: DataConfig) -> tuple[dict[str, datase
     for key, part in parts.items():
         if not files[key]:
             raise ValueError(
-                f"{root} has no split {part.name!r} (data.{key}_split); it has {', '.join(_folders(root)[:10])}; "
+                f"{root} has no split {part.name!r} (data.{key}_split); it has {listed(_folders(root))}; "
                 "data.test_fraction cuts a test split from the training pictures"
             )
     if len(class_names) == 1:

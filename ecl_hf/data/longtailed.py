@@ -20,6 +20,7 @@ from ecl_hf.data.official import BENCHMARKS, check_cifar, load_official
 from ecl_hf.data.sources import Source, labels_of, read_source
 from ecl_hf.data.splits import Split, pictures_of
 from ecl_hf.data.streaming import open_streams
+from ecl_hf.names import listed
 
 FEW = 5
 """Classes with fewer training images than this are named in a warning, where no protocol asked for them."""
@@ -110,7 +111,7 @@ def choose_rows(config: DataConfig, source: Source) -> dict[str, np.ndarray]:
     labels = labels_of(source.train)
     available = np.bincount(labels, minlength=len(names))
     if empty := [names[c] for c in np.flatnonzero(available == 0)]:
-        raise ValueError(f"{name} has no training image of {len(empty)} classes: {', '.join(empty[:10])}")
+        raise ValueError(f"{name} has no training image of {len(empty)} classes: {listed(empty)}")
     rows = np.arange(len(labels))
     if source.test is None:
         wanted = held_out_counts(available, config.test_fraction)
@@ -123,17 +124,17 @@ def choose_rows(config: DataConfig, source: Source) -> dict[str, np.ndarray]:
     else:
         test, tested = np.arange(len(source.test)), labels_of(source.test)
     if untested := [names[c] for c in np.flatnonzero(np.bincount(tested, minlength=len(names)) == 0)]:
-        warnings.warn(f"{name} has no test image of {len(untested)} classes: {_some(untested)}", stacklevel=2)
+        warnings.warn(f"{name} has no test image of {len(untested)} classes: {listed(untested)}", stacklevel=2)
     if config.profile == "as_is":
         few = [f"{names[c]} ({available[c]})" for c in np.flatnonzero(available < FEW)]
         if few and not source.published:
             warnings.warn(
-                f"{name} has fewer than {FEW} training images of {len(few)} classes: {_some(few)}", stacklevel=2
+                f"{name} has fewer than {FEW} training images of {len(few)} classes: {listed(few)}", stacklevel=2
             )
         return {"train": rows, "test": test}
     counts = _class_counts(config, available)
     if short := [c for c in range(len(counts)) if available[c] < counts[c]]:
-        worst = _some([f"{names[c]} ({available[c]} of {counts[c]})" for c in short])
+        worst = listed([f"{names[c]} ({available[c]} of {counts[c]})" for c in short])
         raise ValueError(f"{name} has too few images of {len(short)} classes: {worst}; lower data.max_count")
     chosen = np.sort(longtail_indices(labels[rows], counts, config.split_seed))
     return {"train": rows[chosen], "test": test}
@@ -162,7 +163,3 @@ def _class_counts(config: DataConfig, available: np.ndarray) -> list[int]:
     if config.profile == "exponential":
         return exponential_counts(len(available), max_count, config.imbalance_factor)
     return pareto_counts(len(available), max_count, max(1, round(max_count / config.imbalance_factor)))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

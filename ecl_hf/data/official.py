@@ -23,6 +23,7 @@ from ecl_hf.data.config import DataConfig
 from ecl_hf.data.folders import holds, pictures
 from ecl_hf.data.picture_lists import PictureList, distinct, find_list, locate, read_list
 from ecl_hf.data.sources import Source, directory, labels_of, read_splits
+from ecl_hf.names import listed, printable
 
 CIFAR = {
     "bb3914949cecedee6d1257f7f5fdb8f43fa3b2c8095fd1763161caf1b873fe59": ("CIFAR-10", 5000, 1000),
@@ -96,7 +97,7 @@ def check_counts(part: PictureList, expected: Sequence[int], names: Sequence[str
     if wrong:
         c = wrong[0]
         has, should = (int(counts[c]) if c < len(counts) else 0 for counts in (found, expected))
-        name = f" ({names[c]})" if c < len(names) else ""
+        name = f" ({printable(names[c])})" if c < len(names) else ""
         raise ValueError(
             f"{part.file}: class {c}{name} has {has} pictures, but {should} in the published list; {len(wrong)} such "
             f"classes, and {len(part.labels)} of {sum(expected)} pictures. Fetch the published list again, or make "
@@ -116,8 +117,9 @@ def check_cifar(source: Source) -> None:
         counts = np.bincount(labels_of(split), minlength=len(source.class_names))
         if len(wrong := np.flatnonzero(counts != should)):
             c = wrong[0]
+            which = printable(source.class_names[c])
             raise ValueError(
-                f"{source.name}: class {source.class_names[c]} has {counts[c]} {what} images, but {should} in {name} "
+                f"{source.name}: class {which} has {counts[c]} {what} images, but {should} in {name} "
                 f"({len(wrong)} such classes): this would not be {name}-LT; set data.max_count to cut it all the same"
             )
 
@@ -131,7 +133,7 @@ def _match(split: datasets.Dataset, part: PictureList, names: list[str], config:
         missing = [part.paths[row] for row in np.flatnonzero(rows.is_null().to_numpy(zero_copy_only=False))]
         raise ValueError(
             f"{len(missing)} of {len(part.paths)} pictures in {part.file} are not among the file names stored in "
-            f"{config.path or config.source}: {', '.join(missing[:5])}. Where file names did not survive, use "
+            f"{config.path or config.source}: {listed(missing, 5)}. Where file names did not survive, use "
             "data.source ILSVRC/imagenet-1k with data.profile pareto, which has similar counts"
         )
     labels = np.zeros(len(split), np.int64)

@@ -19,6 +19,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from ecl_hf.data.config import DataConfig
 from ecl_hf.data.folders import check_links, read_class_folders
 from ecl_hf.data.longtail import longtail_indices
+from ecl_hf.names import listed, printable
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def read_in_place(config: DataConfig) -> Source | None:
     if config.group_column is not None:
         raise ValueError(
             f"data.group_column: class folders have no columns; write {root / 'metadata.csv'} with the columns "
-            f"file_name (such as {class_names[0]}/1.jpg), label and {config.group_column}, a line for each picture"
+            f"file_name (such as {printable(class_names[0])}/1.jpg), label and {config.group_column}, a "
+            "line for each picture"
         )
     choose_columns(splits["train"].features, config, config.path)
     return Source(config.path, splits["train"], splits.get("test"), class_names, folders=(root,))
@@ -277,7 +279,7 @@ def numbers(split: datasets.Dataset, class_names: list[str], stored: list[str] |
         ValueError: a label or a class that is none of `class_names`; the message names the first.
     """
     if only := sorted(set(stored or []) - set(class_names)):
-        raise ValueError(f"{where}: {len(only)} classes are none of the training split: {', '.join(only[:10])}")
+        raise ValueError(f"{where}: {len(only)} classes are none of the training split: {listed(only)}")
     column = _label_column(split)
     if not len(column):
         raise ValueError(f"{where}: no images")

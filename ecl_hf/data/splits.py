@@ -24,7 +24,7 @@ from ecl_hf.data.config import DataConfig
 from ecl_hf.data.pictures import content, lies_outside
 from ecl_hf.data.sources import Source, labels_of
 from ecl_hf.files import read_bytes, read_json
-from ecl_hf.names import printable
+from ecl_hf.names import listed, printable
 
 PROTOCOL = ("profile", "imbalance_factor", "max_count", "split_seed", "test_fraction", "group_column")
 """Keys of the data section that decide which pictures are taken."""
@@ -161,10 +161,11 @@ class Split:
         names, found = self.record["class_names"], source.class_names
         if set(names) != set(found):
             only = {"the split": set(names) - set(found), "the source": set(found) - set(names)}
-            return [f"classes of {k} alone: {', '.join(sorted(v)[:5])} ({len(v)})" for k, v in only.items() if v]
+            return [f"classes of {k} alone: {listed(sorted(v), 5)} ({len(v)})" for k, v in only.items() if v]
         if names != found:
             c = next(c for c, pair in enumerate(zip(names, found, strict=True)) if pair[0] != pair[1])
-            return [f"the classes are in another order: class {c} is {found[c]} in the source, {names[c]} in the split"]
+            theirs, ours = printable(found[c]), printable(names[c])
+            return [f"the classes are in another order: class {c} is {theirs} in the source, {ours} in the split"]
         different = []
         for part in PARTS:
             labels, recorded = labels_of(pictures_of(source, part)), self.record["source"][part]

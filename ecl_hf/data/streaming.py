@@ -36,6 +36,7 @@ from ecl_hf.data.sources import (
     with_labels,
 )
 from ecl_hf.data.views import View
+from ecl_hf.names import listed
 
 SHARDS = 64
 """Most parts of local pictures, of which a stream takes one after the other in random order."""
@@ -105,7 +106,7 @@ def _streamed(
 
 def _check_counts(counts: list[int], names: list[str], name: str) -> None:
     if empty := [names[c] for c, count in enumerate(counts) if not count]:
-        raise ValueError(f"{name} has no training image of {len(empty)} classes: {', '.join(empty[:10])}")
+        raise ValueError(f"{name} has no training image of {len(empty)} classes: {listed(empty)}")
 
 
 def _rows(stream: datasets.IterableDataset) -> Iterator[dict[str, Any]]:

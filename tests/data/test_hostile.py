@@ -77,11 +77,17 @@ def tables(root, images=None, labels=None, kind=None):
 def load(root, **more):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of few pictures
-        return load_longtailed(DataConfig(path=str(root), profile="as_is", **more))
+        return load_longtailed(DataConfig(path=str(root), **{"profile": "as_is", **more}))
 
 
 def own(root, **more):
     return load(root, test_fraction=0.3, **more)
+
+
+def test_class_names_in_messages_do_nothing_to_a_terminal(folders):
+    (folders / "b").rename(folders / "\x1b[31mred")
+    with pytest.raises(ValueError, match=r"few images of 1 classes: \ufffd\[31mred \(4 of 9\)"):
+        own(folders, profile="pareto", max_count=9)
 
 
 @pytest.mark.parametrize("odd", ODD_FILES.values(), ids=ODD_FILES)

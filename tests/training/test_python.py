@@ -1,8 +1,10 @@
 """Training from Python: the same run as that of the script, and errors that a notebook can show."""
 
 import json
+import os
 import signal
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -51,6 +53,31 @@ def test_a_run_that_can_not_begin_is_an_error_and_silences_nobody(tmp_path):
     assert isinstance(error.value.__cause__, FileExistsError)
     assert transformers.utils.logging.get_verbosity() == transformers.logging.WARNING
     transformers.utils.logging.set_verbosity(before)
+
+
+@pytest.mark.parametrize("end", [None, "\nerror: \x1b[31mno"])
+def test_output_that_nobody_takes_ends_no_run_and_commands_reach_no_terminal(end, tmp_path, monkeypatch, capsys):
+    """The run itself is a made-up one."""
+
+    def run_recipe(*_):
+        sys.stdout.write("\x1b[31mfirst\n" * 9999)
+        sys.stderr.write("\x1b[31msecond\n")
+        if end:
+            sys.exit(end)
+        return tmp_path / "run"
+
+    monkeypatch.setattr("ecl_hf.training.script.run_recipe", run_recipe)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", buffering=1) as nobody:
+        monkeypatch.setattr(sys, "stdout", nobody)
+        if end:
+            with pytest.raises(RuntimeError, match=r"^\ufffd\[31mno$"):
+                train(Recipe(), tmp_path / "run")
+        else:
+            assert train(Recipe(), tmp_path / "run").path == tmp_path / "run"
+        monkeypatch.undo()
+    assert capsys.readouterr().err == "\N{REPLACEMENT CHARACTER}[31msecond\n"
 
 
 def test_report_of_a_run_is_a_page(tmp_path, capsys):
