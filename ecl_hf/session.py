@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ecl_hf.data.features import FeatureDataset, digest_pictures, feature_loader, in_batches
-from ecl_hf.data.loaders import ViewDataset, draw_seed, evaluation_loader, train_loader
+from ecl_hf.data.loaders import ViewDataset, draw_seed, evaluation_loader, fitting, train_loader
 from ecl_hf.data.longtailed import load_longtailed
 from ecl_hf.data.official import BENCHMARKS
 from ecl_hf.data.overview import describe_classes, describe_pictures
@@ -331,10 +331,16 @@ class Session:
         return prepare_data_loader(loader, self.accelerator.device, 1, 0, put_on_device=True)
 
     def _evaluation_loader(self, pictures: datasets.Dataset) -> DataLoader:
-        view = evaluation_view(self.model.config.pretrained_cfg)
-        on_error = "mark" if self.recipe.data.on_error == "skip" else "raise"
-        data = self.recipe.data
-        loader = evaluation_loader(pictures, view, 256, data.num_workers, on_error=on_error, max_pixels=data.max_pixels)
+        config, data = self.model.config.pretrained_cfg, self.recipe.data
+        on_error = "mark" if data.on_error == "skip" else "raise"
+        loader = evaluation_loader(
+            pictures,
+            evaluation_view(config),
+            fitting(256, config["input_size"]),
+            data.num_workers,
+            on_error=on_error,
+            max_pixels=data.max_pixels,
+        )
         return self.accelerator.prepare(loader)
 
     def _keep_features(self) -> None:

@@ -23,13 +23,14 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from jsonargparse import Namespace
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from safetensors import safe_open
 from torch import nn
 from tqdm import tqdm
 
 from ecl_hf import ECLForImageClassification
 from ecl_hf.data.config import DataConfig
-from ecl_hf.data.loaders import evaluation_loader
+from ecl_hf.data.loaders import evaluation_loader, fitting
 from ecl_hf.data.longtailed import LongTailedData, load_longtailed
 from ecl_hf.data.pictures import BrokenPictureError, decode, lies_outside
 from ecl_hf.data.views import evaluation_view
@@ -73,10 +74,15 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         "--recipe", type=str | None, help="Recipe whose data section names the test split: file or name"
     )
     parser.add_argument("--data.path", type=str | None, help="Local directory instead of the recipe's source")
-    parser.add_argument("--batch_size", type=int, default=256, help="Images of one forward in each process")
+    parser.add_argument(
+        "--batch_size", type=PositiveInt | None, help="Images of one forward in each process; by itself 256 small ones"
+    )
     parser.add_argument("--output", type=Path | None, help="JSON file to write; arrays and classes go beside it")
     parser.add_argument(
-        "--landscape_images", type=int, default=0, help="Test images of the loss landscape (Fig. 8); 0 leaves it out"
+        "--landscape_images",
+        type=NonNegativeInt,
+        default=0,
+        help="Test images of the loss landscape (Fig. 8); 0 leaves it out",
     )
     args = parser.parse_args(argv)
     if args.run is not None:
@@ -87,9 +93,6 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         args.output = args.output or run.path / "evaluation.json"
     if args.model is None or args.recipe is None:
         parser.error("give --run, or --model with --recipe")
-    for name in ("batch_size", "landscape_images"):
-        if args[name] < (name == "batch_size"):
-            parser.error(f"{name} is too small: {args[name]}")
     return args
 
 
@@ -273,6 +276,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
+    size = model.config.pretrained_cfg["input_size"]
+    args.batch_size = args.batch_size or fitting(256, size)
     loader = evaluation_loader(
         data.test,
         evaluation_view(model.config.pretrained_cfg),
@@ -320,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             print(f"{len(predictions.left_out)} test images could not be decoded and are left out:")
             print(*results["broken_pictures"]["first"], sep="\n")
         if args.output:
-            batch = torch.zeros(SPEED_BATCH, *plain.config.pretrained_cfg["input_size"], device=plain.device)
+            batch = torch.zeros(fitting(SPEED_BATCH, size), *size, device=plain.device)
             results |= {"images_per_second": measure_speed(plain, batch), "landscape_images": args.landscape_images}
             carried = torch.as_tensor(plain.carried_prior())
             results |= {"logit_prior": plain.config.logit_prior} | score_tables(predictions, counts, carried)

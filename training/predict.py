@@ -8,6 +8,7 @@ python training/predict.py --run runs/quickstart          # some pictures of the
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from ecl_hf import ECLForImageClassification
 from ecl_hf.data.folders import find_pictures
+from ecl_hf.data.loaders import fitting
 from ecl_hf.data.longtailed import load_longtailed
 from ecl_hf.data.pictures import BrokenPictureError, decode
 from ecl_hf.evidence.calibration import estimate_prior
@@ -48,23 +50,17 @@ def readable(paths: Sequence[Path], broken: list[str]) -> Iterator[Picture]:
             broken.append(str(error).replace("picture, ", "", 1))
 
 
-def in_batches(pictures: Iterable[Picture]) -> Iterator[list[Picture]]:
-    """A few pictures at a time, so that a large folder needs no memory."""
-    pictures = iter(pictures)
-    while batch := list(islice(pictures, BATCH)):
-        yield batch
-
-
 @torch.no_grad()
 def frequencies(classify: ECLImageClassificationPipeline, pictures: Iterable[Picture]) -> list[float]:
     """Class frequencies of unlabelled pictures, [C] (`estimate_prior`); ValueError without the model's class counts."""
     model = classify.model
     if (counts := model.config.class_counts) is None:
         raise ValueError("--estimate_prior needs a model that knows the class counts of its training pictures")
-    parts = []
-    for batch in in_batches(pictures):
-        pixels = classify.image_processor([image for _, image in batch], return_tensors="pt")["pixel_values"]
-        parts.append(model(pixels.to(model.device, model.dtype), target_prior=counts).logits.double().softmax(-1).cpu())
+    pixels = (classify.image_processor(image, return_tensors="pt")["pixel_values"] for _, image in pictures)
+    size, parts = fitting(BATCH, model.config.pretrained_cfg["input_size"]), []
+    while batch := list(islice(pixels, size)):
+        batch = torch.cat(batch).to(model.device, model.dtype)
+        parts.append(model(batch, target_prior=counts).logits.double().softmax(-1).cpu())
     return estimate_prior(torch.cat(parts or [torch.zeros(0, len(counts))]), torch.tensor(counts)).tolist()
 
 
@@ -90,16 +86,14 @@ def write_answers(file: Path, names: Sequence[str], answers: Sequence[Answer]) -
     write_atomically(file, as_csv(rows))
 
 
-def test_pictures(run: RunFolder, how_many: int) -> list[tuple[str, Image.Image]]:
+def test_pictures(run: RunFolder, how_many: int) -> Iterator[Picture]:
     """Pictures of a run's test split with their class names, spread evenly over it."""
     config = Recipe.from_file(run.recipe_file).data
     data = load_longtailed(config)
     stored = data.test.cast_column("image", datasets.Image(decode=False))
-    rows = np.linspace(0, len(stored) - 1, how_many).astype(int).tolist()
-    return [
-        (data.class_names[stored[i]["label"]], decode(stored[i]["image"], f"test row {i}", config.max_pixels))
-        for i in rows
-    ]
+    for i in np.linspace(0, len(stored) - 1, how_many).astype(int).tolist():
+        record = stored[i]
+        yield data.class_names[record["label"]], decode(record["image"], f"test row {i}", config.max_pixels)
 
 
 @speaking()
@@ -132,8 +126,9 @@ def main(argv: Sequence[str] | None = None) -> list[list[dict[str, str | float]]
     with refusing():
         if args.images:
             paths = find_pictures(args.images)
+            pictures = partial(readable, paths, broken)
         else:
-            shown = test_pictures(RunFolder(args.run), args.how_many)
+            pictures = partial(test_pictures, RunFolder(args.run), args.how_many)
         source = args.model or RunFolder(args.run).model
         model = ECLForImageClassification.from_pretrained(source).eval()
         # By the configuration, which was checked; a repository's file for the processor could say anything
@@ -141,18 +136,25 @@ def main(argv: Sequence[str] | None = None) -> list[list[dict[str, str | float]]
         classify = ECLImageClassificationPipeline(model=model, image_processor=processor)
         wanted = {"top_k": args.top_k, "flip": args.flip, "disagreement": args.disagreement or args.output is not None}
         if args.estimate_prior:
-            prior = frequencies(classify, readable(paths, []) if args.images else shown)
+            prior = frequencies(classify, pictures())
+            broken.clear()  # they come again
             wanted["target_prior"] = prior
             order = np.argsort(prior)[::-1].tolist()
             found = (f"{printable(model.config.id2label[c])} {100 * prior[c]:.1f} %" for c in order[:20])
             print("estimated class frequencies: " + ", ".join(found) + (", ..." if len(prior) > 20 else ""))
         names: list[str] = []
         answers: list[Answer] = []
-        with tqdm(total=len(paths) if args.images else len(shown), unit="picture", leave=False) as bar:
-            for batch in in_batches(readable(paths, broken) if args.images else shown):
-                names += [name for name, _ in batch]
-                answers += classify([picture for _, picture in batch], batch_size=BATCH, **wanted)
-                bar.update(len(names) + len(broken) - bar.n)
+
+        def images() -> Iterator[Image.Image]:
+            for name, image in pictures():
+                names.append(name)
+                yield image
+
+        size = fitting(BATCH, model.config.pretrained_cfg["input_size"])
+        with tqdm(total=len(paths) if args.images else args.how_many, unit="picture", leave=False) as bar:
+            for best in classify(images(), batch_size=size, **wanted):
+                answers.append(best)
+                bar.update(len(answers) + len(broken) - bar.n)
         if not answers:
             raise ValueError("none of the pictures can be decoded: " + "; ".join(broken[:10]))
         if args.output:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from ecl_hf import ECLForImageClassification
 from ecl_hf.data.folders import find_pictures, pictures
-from ecl_hf.data.loaders import ViewDataset, train_loader
+from ecl_hf.data.loaders import ViewDataset, fitting, train_loader
 from ecl_hf.data.longtailed import load_longtailed
 from ecl_hf.data.views import agreement_view
 from ecl_hf.evidence.weighing import stable_weights
@@ -97,8 +97,10 @@ class Views:
     ) -> None:
         self.model, self.pictures = model, len(dataset)
         view = agreement_view(model.config.pretrained_cfg, flip)
+        self.at_once = fitting(args.batch_size, model.config.pretrained_cfg["input_size"])
         self.dataset = ViewDataset(dataset, {"first": view, "second": view}, args.seed, "test", on_error="mark")
-        self.loader = train_loader(self.dataset, min(args.batch_size, len(dataset)))
+        # Views of more than 448 pixels would take gigabytes in a step of 128
+        self.loader = train_loader(self.dataset, min(args.batch_size, len(dataset), 8 * self.at_once))
         self.broken: set[int] = set()
 
     @torch.no_grad()
@@ -110,7 +112,8 @@ class Views:
             self.broken.update(batch["indices"][~there].tolist())
             if there.any():
                 pixels = torch.cat([batch["first"][there], batch["second"][there]])
-                logits = self.model(pixels.to(self.model.device)).expert_logits.float()
+                parts = pixels.to(self.model.device).split(self.at_once)
+                logits = torch.cat([self.model(part).expert_logits.float() for part in parts])
                 yield logits.unflatten(0, (2, -1))
 
 

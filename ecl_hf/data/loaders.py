@@ -33,6 +33,9 @@ READ = 64
 AHEAD = 1 << 20
 """Pixels that are decoded at once: small pictures take a sixth less time than if each went through its view at once."""
 
+BATCH_PIXELS = 64 * 224 * 224
+"""Pixels of a forward without gradients, whatever the input's size: what lies between the layers takes their memory."""
+
 OnError = Literal["raise", "replace", "mark"]
 
 
@@ -310,6 +313,16 @@ def train_loader(
         worker_init_fn=outlive_first_signal,
         generator=torch.Generator().manual_seed(dataset.seed),  # else each epoch draws from the global generator
     )
+
+
+def fitting(batch_size: int, input_size: Sequence[int]) -> int:
+    """So many pictures, or as many as `BATCH_PIXELS` are; at least one.
+
+    Args:
+        batch_size: at most.
+        input_size: channels, height and width.
+    """
+    return max(1, min(batch_size, BATCH_PIXELS // (input_size[-2] * input_size[-1])))
 
 
 def evaluation_loader(

@@ -179,6 +179,12 @@ def test_one_picture_at_a_time_is_in_memory(damaged, monkeypatch):
     assert max(seen) == 2  # one goes while the next one comes
 
 
+def test_batches_of_large_inputs_are_small():
+    sides = (8, 224, 225, 448, 2048)
+    assert [loaders.fitting(256, (3, side, side)) for side in sides] == [256, 64, 63, 16, 1]
+    assert loaders.fitting(32, (3, 224, 224)) == 32
+
+
 def test_pictures_in_tables_are_read_as_they_are_stored(tmp_path):
     columns = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     rows = {"image": [{"bytes": b"nothing", "path": "a.png"}], "label": [0]}

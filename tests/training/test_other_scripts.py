@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,6 +86,26 @@ def test_flip_and_disagreement_on_request(run, tmp_path, capsys):
     assert flipped[0][0]["score"] == pytest.approx(flipped[1][0]["score"], abs=1e-5)
     assert plain[0][0]["score"] != pytest.approx(plain[1][0]["score"], abs=1e-5)
     assert f"disagreement {flipped[0][0]['disagreement']:.3f}" in capsys.readouterr().out
+
+
+def test_large_pictures_and_inputs_go_a_few_at_a_time(run, monkeypatch):
+    alive, sizes, decoded, forward = [], [], predict.decode, ECLForImageClassification.forward
+
+    def watched_decode(*args):
+        image = decoded(*args)
+        alive.append(weakref.ref(image))
+        return image
+
+    def watched_forward(model, pixel_values, **kwargs):
+        sizes.append((len(pixel_values), sum(image() is not None for image in alive)))
+        return forward(model, pixel_values, **kwargs)
+
+    monkeypatch.setattr(predict, "decode", watched_decode)
+    monkeypatch.setattr(ECLForImageClassification, "forward", watched_forward)
+    monkeypatch.setattr("ecl_hf.data.loaders.BATCH_PIXELS", 3 * 8 * 8 + 63)
+    assert len(predict.main([f"--run={run}", "--how_many=7", "--estimate_prior"])) == 7
+    assert [batch for batch, _ in sizes] == [3, 3, 1, 3, 3, 1]
+    assert max(images for _, images in sizes) <= 2
 
 
 @pytest.mark.parametrize("flag", ["--top_k=0", "--how_many=0", "--top_k=-1"])
