@@ -69,10 +69,5 @@ def fenced(text: str, language: str) -> str:
 def in_spreadsheet(text: str) -> str:
     """Text for a cell of a CSV file; what a spreadsheet would compute gets an apostrophe in front, but for numbers."""
     text = text.replace("\r", "\n")  # for which the csv module sets no quotation marks: the rest would be a new row
-    if not text.startswith(("=", "+", "-", "@", "\t", "\n")):
-        return text
-    try:
-        float(text)
-    except ValueError:
-        return f"'{text}"
-    return text
+    number = re.fullmatch(r"[-+]?[\d.]+( ± [\d.]+)?", text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\n")) and not number else text
