@@ -69,5 +69,5 @@ def fenced(text: str, language: str) -> str:
 def in_spreadsheet(text: str) -> str:
     """Text for a cell of a CSV file; what a spreadsheet would compute gets an apostrophe in front, but for numbers."""
     text = text.replace("\r", "\n")  # for which the csv module sets no quotation marks: the rest would be a new row
-    number = re.fullmatch(r"[-+]?[\d.]+( ± [\d.]+)?", text)
+    number = re.fullmatch(r"[-+]?([\d.]+( ± [\d.]+)?)?", text)  # or a dash alone
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\n")) and not number else text
