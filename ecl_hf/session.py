@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
 from importlib.resources import files
@@ -145,8 +145,10 @@ class Session:
         self.processes = accelerator.num_processes
         check_launch(os.environ, self.processes)
         self.method = METHODS[recipe.method]
-        recipe.model.num_experts = self.method.num_experts(recipe.model.num_experts)
-        recipe.model.share_stages, recipe.model.share_blocks = shared_parts(recipe.model, self.method)
+        experts = self.method.num_experts(recipe.model.num_experts)
+        stages, blocks = shared_parts(recipe.model, self.method)
+        model = replace(recipe.model, num_experts=experts, share_stages=stages, share_blocks=blocks)
+        self.recipe = recipe = replace(recipe, model=model)  # the caller's stays as it is
         self.accumulation = recipe.train.gradient_accumulation_steps
         self.pieces = self.processes * self.accumulation
         if recipe.batch_size % self.pieces:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -30,7 +31,10 @@ def _fresh_accelerate():
 
 def test_the_run_is_that_of_the_script(tmp_path, capsys):
     script = Run(main([*FLAGS, f"--output_dir={tmp_path / 'script'}"]))
-    run = train(Recipe.named("quickstart", **CHANGES), tmp_path / "python")  # a second one in the same process
+    recipe = Recipe.named("quickstart", **CHANGES)
+    before = asdict(recipe)
+    run = train(recipe, tmp_path / "python")  # a second one in the same process
+    assert asdict(recipe) == before
     said = capsys.readouterr().out
     assert said.count("epoch 1/1") == 2  # no terminal: a line for each epoch
     assert run.results["test"] == script.results["test"] == json.loads((run.path / "results.json").read_text())["test"]
