@@ -28,7 +28,7 @@ import yaml
 from ecl_hf.evidence.analysis import embed_features
 from ecl_hf.evidence.classes import ranked_classes
 from ecl_hf.evidence.evaluation import percent
-from ecl_hf.files import read_entries, replacing
+from ecl_hf.files import read_entries, read_text, replacing
 from ecl_hf.flags import FlagParser
 from ecl_hf.names import printable
 from ecl_hf.runs.folder import RunFolder, read_results, write_atomically
@@ -136,7 +136,18 @@ ENTRIES = {
 """What is read of an evaluation, by dotted names."""
 
 MOST_ROWS = 300
-"""Classes in the report's table; the .csv file beside the evaluation has all."""
+"""Of a table in the report; of the classes the .csv file beside the evaluation has all."""
+
+MAX_TABLE = 1 << 20
+"""Bytes of a CSV file of `reproduce.py`."""
+
+MODELS, DECIMAL = r"ensemble|one expert \(mean\)", r"\d{1,6}(\.\d{1,6})?"
+NUMBERS = dict.fromkeys(("top1", "top1_std", "few", "few_std"), f"({DECIMAL})?")
+POINTS = {
+    "fig4": {"experts": DECIMAL, "model": MODELS, **NUMBERS},
+    "fig5": {"swept": "alpha|beta", "value": DECIMAL, "model": MODELS, **NUMBERS},
+}
+"""Columns of the CSV files that figures are drawn from, and what a cell can be."""
 
 SCORES = {
     **{"balanced": "balanced", "top1": "top-1", "macro_f1": "macro F1", "top5": "top-5"},
@@ -257,9 +268,11 @@ def draw_all(
 
 def points(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
     """The measured rows of a figure's CSV file with numbers as numbers; empty cells become None."""
-    numbers = {"top1", "top1_std", "few", "few_std", "experts", "value"}
     return [
-        {key: (float(value) if value else None) if key in numbers else value for key, value in row.items()}
+        {
+            key: (float(value) if value else None) if key in ("experts", "value", *NUMBERS) else value
+            for key, value in row.items()
+        }
         for row in rows
         if row["top1"]
     ]
@@ -343,7 +356,27 @@ def read_tables(folder: Path | None) -> dict[str, list[dict[str, str]]]:
     files = sorted(folder.glob("*.csv"))
     if not files:
         raise FileNotFoundError(f"results: there is no .csv file of reproduce.py in {folder}")
-    return {file.stem: list(csv.DictReader(file.read_text(encoding="utf-8").splitlines())) for file in files}
+    return {file.stem: read_table(file) for file in files}
+
+
+def read_table(file: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file; ValueError names it if it is none, too long, or not what its figure is drawn from."""
+    try:
+        reader = csv.DictReader(io.StringIO(read_text(file, MAX_TABLE), newline=""))
+        rows, columns = list(reader), reader.fieldnames or ()
+    except csv.Error as error:
+        raise ValueError(f"{file} is no CSV file: {error}") from error
+    if len(rows) > MOST_ROWS:
+        raise ValueError(f"{file} has {len(rows)} rows; more than {MOST_ROWS} has no table of reproduce.py")
+    cells = POINTS.get(file.stem, {})
+    if lacking := [name for name in cells if name not in columns]:
+        raise ValueError(f"{file} lacks the column {lacking[0]}; reproduce.py has to run again")
+    for place, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            raise ValueError(f"{file}: row {place} has not as many cells as the header")
+        if wrong := [name for name, kind in cells.items() if not re.fullmatch(kind, row[name])]:
+            raise ValueError(f"{file}: row {place} can't have {wrong[0]} {row[wrong[0]][:80]!r}")
+    return rows
 
 
 def save(name: str, figure: Figure, output: Path) -> str:

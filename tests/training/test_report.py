@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -164,6 +165,42 @@ def test_theory_has_an_optimal_tau_for_two_priors_alone(tmp_path, monkeypatch):
     }
     figures.draw_all(runs, {}, list("abcdefghij"))
     assert {name: theory for name, (_, theory) in drawn["plot_posthoc"].items()} == {"bc": 0, "ce": 1, "sade": None}
+
+
+FIG4 = "experts,model,top1,top1_std,few,few_std\n3,ensemble,40.1,0.3,,\n2,ensemble,,,,\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("table1", None, "is no regular file"),
+        ("table1", b"caf\xe9", "is no text file in UTF-8"),
+        ("table1", b"a" * 2_000_000, "has 2000000 bytes"),
+        ("table1", b"a,b\n" * 1000, "has 999 rows"),
+        ("table1", b'a\n"' + b"x" * 200_000, "is no CSV file"),
+        ("table1", b"a,b\n1\n", "row 1 has not as many cells"),
+        ("table1", b"a,b\n1,2,3\n", "row 1 has not as many cells"),
+        ("fig4", FIG4.replace("top1,", "top2,").encode(), "lacks the column top1"),
+        ("fig4", FIG4.replace("40.1", "nan").encode(), "row 1 can't have top1 'nan'"),
+        ("fig4", FIG4.replace("ensemble", "\x01").encode(), r"row 1 can't have model '\\x01'"),
+        ("fig5", b"swept,value,model,top1,top1_std,few,few_std\nx,1,ensemble,,,,\n", "row 1 can't have swept 'x'"),
+    ],
+)
+def test_tables_that_are_none_are_named(name, content, said, tmp_path):
+    if content is None:
+        os.mkfifo(tmp_path / f"{name}.csv")
+    else:
+        (tmp_path / f"{name}.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}\.csv:? {said}"):
+        figures.read_tables(tmp_path)
+
+
+def test_tables_with_numbers_are_drawn(tmp_path):
+    (tmp_path / "fig4.csv").write_text(FIG4)
+    tables = figures.read_tables(tmp_path)
+    assert figures.points(tables["fig4"]) == [
+        {"experts": 3.0, "model": "ensemble", "top1": 40.1, "top1_std": 0.3, "few": None, "few_std": None}
+    ]
 
 
 def test_figures_take_the_place_of_links(tmp_path):
