@@ -102,10 +102,10 @@ def read_entries(path: str | Path, entries: Mapping[str, type | tuple[type, ...]
     return content
 
 
-def checksum(path: str | Path) -> str:
-    """SHA-256 of a file."""
+def checksum(path: str | Path, most: int | None = None) -> str:
+    """SHA-256 of a regular file, of at most so many bytes; errors are those of `opening`."""
     digest = hashlib.sha256()
-    with opening(path) as file:
+    with opening(path, most) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

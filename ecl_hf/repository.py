@@ -6,11 +6,12 @@ A repository is untrusted input: what is wrong with it is an error that names th
 import json
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
@@ -24,6 +25,9 @@ from .configuration_ecl import ECLConfig
 from .files import CHECKSUMS, check_regular, checksum, read_checksums, read_object, write_checksums
 
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, "model-*-of-*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
+
+MAX_HEADER = 1 << 28
+"""Bytes of a weight file beside its numbers; safetensors itself reads a header of at most 100 million."""
 
 ADVICE = {
     401: "log in with `hf auth login`, or give a token of an account that has access",
@@ -172,20 +176,21 @@ def seal_weights(directory: Path) -> None:
     write_checksums(directory, [file for pattern in WEIGHT_FILES for file in directory.glob(pattern)])
 
 
-def check_seal(source: str | Path, files: Sequence[str], hub: dict[str, Any]) -> None:
+def check_seal(source: str | Path, files: Sequence[str], hub: dict[str, Any], most: int) -> None:
     """Refuse weight files that are not as they were saved; repositories without checksums are taken as they are.
 
     Args:
         source: directory or Hub repository.
         files: the paths of those that were read.
         hub: what chooses the repository's revision and the cache.
+        most: bytes that one of them may have.
     """
     if (listed := _find(source, CHECKSUMS, hub)) is None:
         return
     expected = read_checksums(listed)
     for file in files:
         name = Path(file).name
-        if name in expected and checksum(file) != expected[name]:
+        if name in expected and checksum(file, most) != expected[name]:
             raise ValueError(
                 f"{name} of {source} is not what was saved: its SHA-256 is not that of {CHECKSUMS}. Get it anew, or "
                 f"delete {CHECKSUMS} if you changed it"
@@ -203,12 +208,21 @@ def _find(source: str | Path, name: str, hub: dict[str, Any]) -> str | None:
             return None
 
 
-def read_experts(
-    source: str | Path, config: ECLConfig, experts: Sequence[int], hub: dict[str, Any]
-) -> tuple[dict[str, Tensor], list[str]]:
-    """State dict of the chosen experts, renumbered from 0, and of what they share, and the paths of their files.
+class Saved(NamedTuple):
+    """A tensor that was not read yet."""
 
-    Other files of weights are not opened. `hub` gets the revision that the index belongs to.
+    file: str
+    name: str
+    shape: tuple[int, ...]
+
+
+def find_tensors(
+    source: str | Path, config: ECLConfig, experts: Sequence[int], hub: dict[str, Any]
+) -> tuple[dict[str, Saved], list[str]]:
+    """Tensors of the chosen experts, renumbered from 0, and of what they share, by the headers of their files.
+
+    Other files of weights are not opened. `hub` gets the revision that the index belongs to. The files' paths come
+    second.
     """
     parts = {f"experts.{k}.": f"experts.{position}." for position, k in enumerate(experts)}
     if config.share_stages:
@@ -218,10 +232,11 @@ def read_experts(
     if isinstance(of_experts(config.aggregation, experts, config.num_experts), dict):
         parts["router."] = "router."
     index = _find(source, SAFE_WEIGHTS_INDEX_NAME, hub)  # without it, one file may hold everything
-    names = {part: [SAFE_WEIGHTS_NAME] for part in parts}
+    names = {part: {SAFE_WEIGHTS_NAME} for part in parts}
     if index:
-        weight_map = _read_index(index, source)
-        names = {part: sorted({f for key, f in weight_map.items() if key.startswith(part)}) for part in parts}
+        names = {part: set() for part in parts}
+        for key, name in _read_index(index, source).items():
+            names.get(_part(key), set()).add(name)
         if pinned := extract_commit_hash(index, None):  # else the files could be those of a later commit
             hub["revision"] = pinned
     if empty := [part for part in parts if not names[part]]:
@@ -229,12 +244,36 @@ def read_experts(
     wanted = sorted({name for files in names.values() for name in files})
     with explain_hub_errors(source, "read"):
         paths = dict(zip(wanted, cached_files(source, wanted, **hub), strict=True))
-    state = {}
-    for part, renamed in parts.items():
-        for name in names[part]:
-            tensors = _read_tensors(paths[name], part, source)
-            state |= {f"{renamed}{key}": tensor for key, tensor in tensors.items()}
-    return state, list(paths.values())
+    found = {}
+    for name, path in paths.items():
+        with _weights(path, source) as file:
+            for key in file.keys():  # noqa: SIM118  (not a mapping)
+                part = _part(key)
+                if name in names.get(part, ()):
+                    shape = tuple(file.get_slice(key).get_shape())
+                    found[parts[part] + key.removeprefix(part)] = Saved(path, key, shape)
+    return found, list(paths.values())
+
+
+def read_tensors(
+    found: Mapping[str, Saved], shapes: Mapping[str, tuple[int, ...]], source: str | Path
+) -> dict[str, Tensor]:
+    """A state dict of the found tensors; those that don't have one of the expected shapes are zeros without memory."""
+    state = {key: torch.zeros(()).expand(saved.shape) for key, saved in found.items()}
+    fitting = {key: saved for key, saved in found.items() if shapes.get(key) == saved.shape}
+    for path in sorted({saved.file for saved in fitting.values()}):
+        with _weights(path, source) as file:
+            for key, saved in fitting.items():
+                if saved.file == path:
+                    state[key] = file.get_tensor(saved.name)
+                    _check_numbers(state[key], f"in {saved.name}", f"{Path(path).name} of {source}")
+    return state
+
+
+def _part(key: str) -> str:
+    """What a tensor belongs to, `experts.0.` for instance."""
+    found = re.match(r"(?:(?:experts|sides)\.\d+|trunk|router)\.", key)
+    return found[0] if found else ""
 
 
 def _read_index(path: str, source: str | Path) -> dict[str, str]:
@@ -251,20 +290,22 @@ def _read_index(path: str, source: str | Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_tensors(path: str, prefix: str, source: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file whose names begin with the prefix, which is removed."""
-    name = Path(path).name
+@contextmanager
+def _weights(path: str, source: str | Path) -> Iterator[safe_open]:
+    """An opened safetensors file; ValueError says that it is damaged or none."""
     check_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
-            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118  (not a mapping)
-            tensors = {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
-    except SafetensorError as error:
+            yield file
+    except (SafetensorError, RuntimeError) as error:  # of torch, if the file can't be mapped
+        name = Path(path).name
         raise ValueError(f"{name} of {source} is damaged or no safetensors file ({error}); get it anew") from error
-    for key, tensor in tensors.items():
-        if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype.itemsize == 1):
-            raise ValueError(f"{name} of {source} holds {tensor.dtype} in {prefix}{key}, which no ECL model does")
-        # What is finite in double precision may not be so in single.
-        if tensor.is_floating_point() and not tensor.float().isfinite().all():
-            raise ValueError(f"{name} of {source} holds numbers that are not finite, in {prefix}{key}; don't use it")
-    return tensors
+
+
+def _check_numbers(tensor: Tensor, where: str, name: str) -> None:
+    """Refuse numbers that no ECL model holds; ValueError."""
+    if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype.itemsize == 1):
+        raise ValueError(f"{name} holds {tensor.dtype} {where}, which no ECL model does")
+    # What is finite in double precision may not be so in single.
+    if tensor.is_floating_point() and not tensor.float().isfinite().all():
+        raise ValueError(f"{name} holds numbers that are not finite, {where}; don't use it")

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from ecl_hf import ECLConfig, ECLForImageClassification
@@ -262,6 +262,34 @@ def test_tensors_of_another_shape_are_named(repository, load, name, shape, error
     weights(repository / SECOND, lambda tensors: tensors.update({f"experts.1.{name}": torch.zeros(shape)}))
     with pytest.raises(error, match=message):
         load(repository)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [("junk", None, None), ("head.bias", RuntimeError, r"head\.bias is \[268435456\], but .* asks for \[3\]")],
+)
+def test_huge_tensors_are_not_read(repository, name, error, message):
+    """A sparse file holds a gigabyte of zeros in a kilobyte."""
+    tensors = load_file(repository / SECOND)
+    tensors.pop(f"experts.1.{name}", None)
+    tensors = {f"experts.1.{name}": torch.zeros(0), **tensors}  # so its numbers can come last
+    content = save(tensors)
+    length = int.from_bytes(content[:8], "little")
+    header, numbers = json.loads(content[8 : 8 + length]), content[8 + length :]
+    giant = {"dtype": "F32", "shape": [1 << 28], "data_offsets": [len(numbers), len(numbers) + (1 << 30)]}
+    head = json.dumps({**header, f"experts.1.{name}": giant}).encode()
+    (repository / SECOND).write_bytes(len(head).to_bytes(8, "little") + head + numbers)
+    os.truncate(repository / SECOND, 8 + len(head) + len(numbers) + (1 << 30))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if error:
+        with pytest.raises(error, match=message):
+            ECLForImageClassification.from_pretrained(repository)
+    else:
+        with pytest.raises(ValueError, match=rf"{SECOND} has 107\d+ bytes; more than \d+ are not read"):
+            ECLForImageClassification.from_pretrained(repository)  # not even for its checksum
+        (repository / "SHA256SUMS").unlink()
+        ECLForImageClassification.from_pretrained(repository)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
 
 
 def test_a_giant_without_weights_takes_no_memory(repository):
