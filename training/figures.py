@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +139,11 @@ ENTRIES = {
 MOST_ROWS = 300
 """Of a table in the report; of the classes the .csv file beside the evaluation has all."""
 
+MAX_ARRAYS = 1 << 30
+"""Bytes of the arrays of an evaluation: the confusion of ten thousand classes has 400 million."""
+
+BROKEN_ZIP = (zipfile.BadZipFile, zlib.error)
+
 MAX_TABLE = 1 << 20
 """Bytes of a CSV file of `reproduce.py`."""
 
@@ -197,15 +203,23 @@ def read_evidence(path: Path, data_path: str | None, landscape_images: int) -> E
             f"{path} is neither a run folder nor a JSON file of evaluate.py with its .npz beside it"
         )
     content = read_entries(evaluation, ENTRIES, "JSON file of evaluate.py, which has to run again")
-    try:
-        with np.load(evaluation.with_suffix(".npz")) as file:
-            arrays = dict(file)
-    except (EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{evaluation.with_suffix('.npz')} is damaged; evaluate.py has to run again") from error
+    arrays = read_arrays(evaluation.with_suffix(".npz"))
     beside = RunFolder(evaluation.parent)
     there = beside.results_file.exists()
     results = read_results(beside.results_file, {"training_seconds": (int, float)}) if there else {}
     return Evidence(content, arrays, results, beside.read_log()[0])
+
+
+def read_arrays(file: Path) -> dict[str, np.ndarray]:
+    """What an .npz file holds; ValueError names one that is damaged, or unpacks to more than evaluations have."""
+    try:
+        with zipfile.ZipFile(file) as parts:
+            if sum(part.file_size for part in parts.infolist()) > MAX_ARRAYS:
+                raise ValueError(f"its arrays have more than {MAX_ARRAYS} bytes")
+        with np.load(file) as arrays:
+            return dict(arrays)
+    except (EOFError, LookupError, MemoryError, RuntimeError, TypeError, ValueError, *BROKEN_ZIP) as error:
+        raise ValueError(f"{file} is damaged ({error}); evaluate.py has to run again") from error
 
 
 def of_runs(runs: dict[str, Evidence], *names: str) -> dict[str, Any]:

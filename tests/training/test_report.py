@@ -1,11 +1,13 @@
 """The report of figures.py: complete, self-contained, and in order in a real browser."""
 
 import base64
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
+import zipfile
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -165,6 +167,31 @@ def test_theory_has_an_optimal_tau_for_two_priors_alone(tmp_path, monkeypatch):
     }
     figures.draw_all(runs, {}, list("abcdefghij"))
     assert {name: theory for name, (_, theory) in drawn["plot_posthoc"].items()} == {"bc": 0, "ce": 1, "sade": None}
+
+
+def packed(shape, size):
+    """An .npz file with an array of so many zeros, and as many bytes."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("x.npy", "w") as part:
+        part.write(header.getvalue())
+        part.write(bytes(size))
+    return bytearray(file.getvalue())
+
+
+def test_arrays_that_are_none_are_named(tmp_path, monkeypatch):
+    file = tmp_path / "evaluation.npz"
+    file.write_bytes(packed((9,), 9))
+    assert figures.read_arrays(file)["x"].tolist() == [0] * 9
+    flipped = packed((9,), 9)
+    flipped[40] ^= 255
+    monkeypatch.setattr(figures, "MAX_ARRAYS", 1000)
+    cases = ((flipped, ""), (packed((10**14,), 9), ""), (packed((999,), 999), "its arrays have more than 1000 bytes"))
+    for content, said in (*cases, (b"", ""), (b"PK\3\4", "")):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"evaluation\.npz is damaged \({said}.*evaluate\.py has to run again"):
+            figures.read_arrays(file)
 
 
 FIG4 = "experts,model,top1,top1_std,few,few_std\n3,ensemble,40.1,0.3,,\n2,ensemble,,,,\n"
