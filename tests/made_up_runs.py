@@ -62,7 +62,8 @@ def make_run(folder: Path, seed: int = 0, experts: int = 3, landscape: bool = Tr
         arrays |= {"landscape_magnitudes": np.linspace(-1, 1, 5)}
         arrays |= {f"landscape_{name}": np.random.default_rng(seed).random((5, 5)) for name in ("loss", "accuracy")}
     folder.mkdir(parents=True)
-    results = {**shared, "method": "ecl", "seed": seed, "epochs": 3, "training_seconds": 60.0, "recipe": {"epochs": 3}}
+    recipe = {"epochs": 3, "data": {"horizontal_flip": True}}
+    results = {**shared, "method": "ecl", "seed": seed, "epochs": 3, "training_seconds": 60.0, "recipe": recipe}
     (folder / "results.json").write_text(json.dumps(results))
     lines = [{"epoch": e, "loss": 3.0 / e, "supervision": 2.0 / e, "lr": 0.1, "val/top1": 0.2} for e in (1, 2, 3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

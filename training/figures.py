@@ -206,7 +206,8 @@ def read_evidence(path: Path, data_path: str | None, landscape_images: int) -> E
     arrays = read_arrays(evaluation.with_suffix(".npz"))
     beside = RunFolder(evaluation.parent)
     there = beside.results_file.exists()
-    results = read_results(beside.results_file, {"training_seconds": (int, float)}) if there else {}
+    entries = {"training_seconds": (int, float), "recipe.data.horizontal_flip": bool}
+    results = read_results(beside.results_file, entries) if there else {}
     return Evidence(content, arrays, results, beside.read_log()[0])
 
 
@@ -293,14 +294,18 @@ def points(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
 
 
 def score_rows(runs: dict[str, Evidence]) -> list[list[str]]:
-    """Header and rows of the table of scores; those that nobody measured are left out."""
+    """Header and rows of the table of scores; those that nobody measured are left out.
+
+    There is no flip for a run whose recipe says that a mirrored picture is of another class.
+    """
     scores = [evidence.evaluation["test"]["plain"]["ensemble"] for evidence in runs.values()]
     shown = [
         key for key in SCORES if key in ("many", "medium", "few") or any(score.get(key) is not None for score in scores)
     ]
     rows = [["run", "model", "flip", *(SCORES[key] for key in shown)]]
     for name, evidence in runs.items():
-        for way in ("plain", "flip"):
+        flips = not evidence.results or evidence.results["recipe"]["data"]["horizontal_flip"]
+        for way in ("plain", "flip") if flips else ("plain",):
             test = evidence.evaluation["test"][way]
             models = {"ensemble": test["ensemble"], "one expert (mean)": test["expert_mean"]}
             models["best expert"] = test["expert_best"]

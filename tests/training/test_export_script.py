@@ -260,6 +260,8 @@ def test_card_without_flip_where_mirroring_changes_the_class(run):
     card = model_card(ROOT / "hub_cards" / "model_card.md", load(run).config, results(3, horizontal_flip=False))
     assert "| ensemble | yes |" not in card.text
     assert "| ensemble | no |" in card.text
+    assert "flip=True" not in card.text
+    assert "flip=True" in model_card(ROOT / "hub_cards" / "model_card.md", load(run).config, results(3)).text
 
 
 @pytest.mark.parametrize("pretrained", [True, "timm/resnet18.a1_in1k", "weights/mine.safetensors"])

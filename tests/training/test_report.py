@@ -335,3 +335,12 @@ def test_an_older_evaluation_has_no_table_of_classes_and_no_features(strange):
     text = figures.main([f"--run={strange}"]).read_text()
     assert "Worst classes" not in text
     assert "Fig. 6: t-SNE of test features: evaluate.py --run has to run again" in text
+
+
+def test_no_flip_where_mirroring_changes_the_class(tmp_path):
+    run = make_run(tmp_path / "run")
+    evidence = figures.read_evidence(run, None, 0)
+    assert {row[2] for row in figures.score_rows({"run": evidence})[1:]} == {"no", "yes"}
+    recipe = evidence.results["recipe"]
+    left = {**evidence.results, "recipe": {**recipe, "data": {**recipe["data"], "horizontal_flip": False}}}
+    assert {row[2] for row in figures.score_rows({"run": replace(evidence, results=left)})[1:]} == {"no"}
