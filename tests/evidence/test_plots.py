@@ -1,5 +1,8 @@
 """What is drawn, read back from the figures' artists; pixels are nobody's business."""
 
+import io
+from xml.etree import ElementTree
+
 import matplotlib
 import numpy as np
 import pytest
@@ -7,6 +10,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from ecl_hf.evidence import plots
+from ecl_hf.evidence.plots import models
 from ecl_hf.evidence.plots.classes import block_sums
 from ecl_hf.evidence.plots.style import GROUP_COLOURS, smooth
 
@@ -52,6 +56,25 @@ def test_training_has_a_panel_for_each_term_of_any_run():
     assert [axes.get_title() for axes in figure.axes] == ["loss", "supervision", "contrastive"]
     assert [values.tolist() for values in lines(figure.axes[0], "a")] == [[1, 2], [3, 2]]
     assert lines(figure.axes[1], "b")[0].size == 0
+
+
+def test_what_no_training_logged_is_left_out_or_harmless(monkeypatch):
+    monkeypatch.setattr(models, "MOST_TERMS", 4)
+    names = ["\x01\x1b[31m</svg>", "x" * 999, "损失", *(f"term {n}" for n in range(99))]
+    values = [1.0, float("nan"), 10**400, "text", True, None]
+    log = [{"epoch": n, **dict.fromkeys(names, value)} for n, value in enumerate(values, 1)]
+    log.append({"epoch": 10**400, names[0]: 2.0})
+    long = [{"epoch": n, "loss": 1.0} for n in range(1, 20_000)]
+    figure = plots.plot_training({"a": log, "b": long, "c": [{"epoch": 1, "loss": "text"}]})
+    assert len(figure.axes) == 4
+    titles = [axes.get_title() for axes in figure.axes[:3]]
+    assert titles == ["??[31m</svg>", f"{'x' * 19}…{'x' * 20}", "??"]
+    assert [values.tolist() for values in lines(figure.axes[0], "a")] == [[1], [1]]
+    assert sum(len(line.get_xdata()) for axes in plots.plot_training({"b": long}).axes for line in axes.lines) <= 2000
+    drawing = io.StringIO()
+    plots.plot_training({"a": [{"epoch": 1, names[0]: 1.0, names[2]: 2.0}]}).savefig(drawing, format="svg")
+    ElementTree.fromstring(drawing.getvalue())
+    assert len(plots.plot_training({"c": [{"epoch": 1, "loss": "text"}]}).axes) == 1
 
 
 def test_transfer():

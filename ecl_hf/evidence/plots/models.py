@@ -8,7 +8,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ecl_hf.evidence.plots.style import COLOURS, Runs, make_panels, shared_legend, styled
+from ecl_hf.evidence.plots.style import COLOURS, Runs, make_panels, shared_legend, short, styled
+from ecl_hf.names import printable
+
+MOST_TERMS, MOST_POINTS = 16, 2000
+"""Panels with a loss term, and points of a curve in them."""
 
 
 @styled
@@ -16,27 +20,33 @@ def plot_training(runs: Runs) -> Figure:
     """Each loss term over the epochs.
 
     Args:
-        runs: name -> lines of `metrics.jsonl`.
+        runs: name -> lines of `metrics.jsonl`; what no log of a training holds is left out, or cut short.
     """
     apart = {"epoch", "step", "lr", "images_per_second"}
-    numbers = (int, float)
     terms = list(
         dict.fromkeys(
             key for lines in runs.values() for line in lines for key in line
-            if key not in apart and isinstance(line[key], numbers)
+            if key not in apart and _is_number(line[key])
         )
-    )  # fmt: skip
+    )[:MOST_TERMS] or ["loss"]  # fmt: skip
     figure, panels = make_panels(len(terms), height=2.5)
     for term, axes in zip(terms, panels, strict=True):
         for colour, (name, lines) in zip(cycle(COLOURS), runs.items(), strict=False):
-            points = [(line["epoch"], line[term]) for line in lines if term in line]
+            points = [(line["epoch"], line.get(term)) for line in lines]
+            points = [point for point in points if all(map(_is_number, point))]
+            points = points[:: len(points) // MOST_POINTS + 1]
             marker = "o" if len(points) == 1 else None  # a line through a single point is none
             axes.plot(*zip(*points, strict=True) if points else ([], []), color=colour, label=name, marker=marker)
-        axes.set_title(term)
+        axes.set_title(short(printable(term).encode("ascii", "replace").decode(), 40))
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
     shared_legend(figure, panels[0], len(runs))
     return figure
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value can be drawn."""
+    return type(value) in (int, float) and -1e300 < value < 1e300
 
 
 def _with_errors(axes: Axes, points: Sequence[dict[str, Any]], x: str, score: str) -> None:
