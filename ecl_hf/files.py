@@ -118,9 +118,32 @@ def write_checksums(folder: Path, files: list[Path]) -> None:
 
 
 def read_checksums(path: str | Path) -> dict[str, str]:
-    """File names with their checksums."""
+    """Names of files beside the list, with their checksums; ValueError if it names none, or one elsewhere."""
     lines = read_text(path).splitlines()
-    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    found = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    if not found:
+        raise ValueError(f"{path} is empty")
+    if strange := [name for name in found if not name or Path(name).name != name]:
+        raise ValueError(f"{path} names {strange[0][:80]!r}, which is no file beside it")
+    return found
+
+
+def find_damaged(folder: Path, most: int) -> str | None:
+    """The first file of a list of checksums that is not as it was written; None if all are.
+
+    Args:
+        folder: with the list.
+        most: bytes that all of them may have.
+
+    Raises:
+        OSError: one can't be opened.
+        ValueError: one is no regular file, or they have more bytes; the message names it.
+    """
+    expected = read_checksums(folder / CHECKSUMS)
+    total = sum((folder / name).stat().st_size for name in expected)
+    if total > most:
+        raise ValueError(f"the files of {folder} have {total} bytes; more than {most} are not read")
+    return next((name for name, digest in expected.items() if checksum(folder / name, most) != digest), None)
 
 
 @contextmanager

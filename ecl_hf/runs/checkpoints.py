@@ -7,7 +7,10 @@ Accelerate's `torch.load(weights_only=True)`, which runs no code of a file; a st
 import shutil
 from pathlib import Path
 
-from ecl_hf.files import CHECKSUMS, checksum, read_checksums, synchronise, write_checksums
+from ecl_hf.files import CHECKSUMS, find_damaged, read_checksums, synchronise, write_checksums
+
+MOST = 1 << 34
+"""Bytes of a checkpoint's files, where nobody knows better: a sparse file may claim more than any disk has."""
 
 
 def seal(folder: Path) -> None:
@@ -22,23 +25,26 @@ def synchronise_folder(folder: Path) -> None:
         synchronise(path)
 
 
-def find_defect(folder: Path) -> str | None:
-    """What is wrong with a sealed folder; None if every file is as it was written."""
+def find_defect(folder: Path, most: int = MOST) -> str | None:
+    """What is wrong with a sealed folder; None if every file is as it was written.
+
+    Args:
+        folder: of a checkpoint.
+        most: bytes that its files may have in all.
+    """
     try:
-        expected = read_checksums(folder / CHECKSUMS)
+        expected = read_checksums(folder / CHECKSUMS).keys()
         found = {file.name for file in folder.iterdir()} - {CHECKSUMS}
-        for name in sorted(expected.keys() | found):
-            if name not in found:
-                return f"{name} is missing"
-            if name not in expected:
-                return f"{name} is not among its checksums"
-            if checksum(folder / name) != expected[name]:
-                return f"{name} is damaged"
+        if missing := sorted(expected - found):
+            return f"{missing[0]} is missing"
+        if unknown := sorted(found - expected):
+            return f"{unknown[0]} is not among its checksums"
+        damaged = find_damaged(folder, most)
     except FileNotFoundError:
         return f"{CHECKSUMS} is missing"
     except (OSError, ValueError) as error:
         return f"it can't be read: {error}"
-    return None if expected else f"{CHECKSUMS} is empty"
+    return damaged and f"{damaged} is damaged"
 
 
 def publish(partial: Path, target: Path) -> None:

@@ -26,10 +26,8 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from ecl_hf.files import (
-    CHECKSUMS,
-    checksum,
+    find_damaged,
     read_bytes,
-    read_checksums,
     read_entries,
     read_object,
     replacing,
@@ -37,7 +35,7 @@ from ecl_hf.files import (
     write_checksums,
 )
 from ecl_hf.modeling_ecl import ECLForImageClassification
-from ecl_hf.runs.checkpoints import discard, find_defect, publish, remove_partial, synchronise_folder
+from ecl_hf.runs.checkpoints import MOST, discard, find_defect, publish, remove_partial, synchronise_folder
 from ecl_hf.runs.interruption import writing
 from ecl_hf.runs.locks import FolderLock
 from ecl_hf.runs.recipe import Recipe
@@ -243,10 +241,15 @@ class Forecast:
 
 
 class RunFolder:
-    """Paths and files of one run."""
+    """Paths and files of one run.
+
+    Attributes:
+        most: bytes that the files of its model, or of a checkpoint, may have in all.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.most = MOST
         self.recipe_file = self.path / "recipe.yaml"
         self.features_file = self.path / "features.safetensors"
         self.metrics_file = self.path / "metrics.jsonl"
@@ -274,13 +277,10 @@ class RunFolder:
     def find_damage(self) -> str | None:
         """What is wrong with the published model; None if all but its card is as it was written."""
         try:
-            expected = read_checksums(self.model / CHECKSUMS)
-            damaged = [name for name, digest in expected.items() if checksum(self.model / name) != digest]
+            damaged = find_damaged(self.model, self.most)
         except (OSError, ValueError) as error:
             return str(error)
-        if not expected:
-            return f"{self.model / CHECKSUMS} is empty"
-        return f"{self.model / damaged[0]} is damaged" if damaged else None
+        return damaged and f"{self.model / damaged} is damaged"
 
     def check(self, recipe: Recipe, resume: bool, changed: bool = False) -> None:
         """See that the run can begin here, or with `resume` that it can go on.
@@ -392,7 +392,7 @@ class RunFolder:
             say(f"the model of the finished run is not whole: {damage}; it is written again from the last checkpoint")
         defects = []
         for checkpoint in sorted(self.checkpoints.glob("step_*"), reverse=True):
-            defect = find_defect(checkpoint)
+            defect = find_defect(checkpoint, self.most)
             if defect is None:
                 return checkpoint
             defects.append(f"{checkpoint}: {defect}")

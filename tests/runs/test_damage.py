@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import asdict
 
 import pytest
@@ -84,6 +85,32 @@ def test_damaged_model_is_not_finished(name, harm, tmp_path):
     with pytest.raises(ValueError, match="has results, but no checkpoint to go on from"):
         run.resumable_checkpoint(said.append)
     assert "the model of the finished run is not whole" in said[0]
+
+
+def test_sparse_terabytes_are_not_hashed(tmp_path):
+    run = RunFolder(tmp_path)
+    finish(run)
+    os.truncate(run.model / "model-00001-of-00002.safetensors", 1 << 40)
+    assert not run.finished
+    assert re.search(r"model have 1099\d+ bytes; more than \d+ are not read", run.find_damage())
+    for step in (1, 2):
+        partial = run.partial_checkpoint(step)
+        partial.mkdir()
+        (partial / "optimizer.bin").write_bytes(b"numbers")
+        run.publish_checkpoint(Progress(step=step), keep_last=2)
+    os.truncate(run.newest_checkpoint() / "optimizer.bin", run.most)
+    said = []
+    assert run.resumable_checkpoint(said.append).name == "step_00000001"
+    assert re.search(r"step_00000002: it can't be read: .* more than \d+ are not read", said[1])
+
+
+@pytest.mark.parametrize("name", ["../model-00001-of-00002.safetensors", "/dev/zero", "", "./config.json"])
+def test_seals_are_about_files_beside_them(name, tmp_path):
+    run = RunFolder(tmp_path)
+    finish(run)
+    with (run.model / "SHA256SUMS").open("a") as file:
+        file.write(f"{'0' * 64}  {name}\n")
+    assert "which is no file beside it" in run.find_damage()
 
 
 @pytest.mark.parametrize(
