@@ -49,8 +49,8 @@ FREE_TO_CHANGE = (
 )
 """Recipe keys that may differ when a run is continued."""
 
-MAX_LOG = 1 << 28
-"""Bytes of `metrics.jsonl`."""
+MAX_LOG = 1 << 24
+"""Bytes of `metrics.jsonl`: ten thousand epochs have less."""
 
 OF_EVERY_LINE = ("epoch", "stage", "step", "images_per_second", "lr")
 """Entries of a line of `metrics.jsonl` beside the losses."""
@@ -433,7 +433,7 @@ class RunFolder:
         return entries, None
 
     def mend_log(self, progress: Progress, say: Callable[[str], None]) -> None:
-        """Cut `metrics.jsonl` back to the epochs that a checkpoint knows; what is damaged is said."""
+        """Cut `metrics.jsonl` back to the epochs that a checkpoint knows; what is damaged or missing is said."""
         entries, damage = self.read_log()
         kept = [entry for entry in entries if entry["epoch"] <= progress.epoch + (progress.batch > 0)]
         if damage:
@@ -441,6 +441,8 @@ class RunFolder:
             if self.metrics_file.is_dir() and not self.metrics_file.is_symlink():
                 raise FileExistsError(f"{self.metrics_file} is a directory; remove it")
             write_atomically(self.metrics_file, "".join(f"{json.dumps(entry)}\n" for entry in kept))
+        elif lost := progress.epoch - sum(entry["epoch"] <= progress.epoch for entry in kept):
+            say(f"{self.metrics_file} lacks {lost} epochs that the checkpoint knows; the run goes on from it")
 
     def finish(
         self,

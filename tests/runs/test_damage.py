@@ -51,6 +51,19 @@ def test_damaged_log_is_cut_back(logged, tail):
     assert len(said) == 1
 
 
+@pytest.mark.parametrize("left", [None, "", '{"epoch": 2}\n'])
+def test_lost_log_is_said(logged, left):
+    logged.metrics_file.unlink()
+    if left is not None:
+        logged.metrics_file.write_text(left)
+    said = []
+    logged.mend_log(Progress(epoch=2, batch=3), said.append)
+    assert len(said) == 1
+    assert f"metrics.jsonl lacks {1 if left else 2} epochs that the checkpoint knows" in said[0]
+    logged.log({"epoch": 3})
+    assert logged.read_log()[0][-1] == {"epoch": 3}
+
+
 @pytest.mark.parametrize("odd", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda _: None])
 def test_log_that_is_no_file_begins_anew(logged, odd):
     logged.metrics_file.unlink()
