@@ -112,7 +112,7 @@ def transfer_arrays(
     accelerator: Accelerator, model: ECLForImageClassification, run: RunFolder, data: LongTailedData, batch_size: int
 ) -> dict[str, np.ndarray]:
     """Fig. 2 of a run, over its training split; each process takes a part of the images."""
-    recipe = Recipe.from_file(run.recipe_file)
+    recipe = Recipe.of_run(run.recipe_file)
     if recipe.data.streaming:
         accelerator.print("Fig. 2 is left out: the training pictures are streamed")
         return {}
@@ -265,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     try:
         if args.output:
             check_output(args.output)
-        config = Recipe.from_file(args.recipe).data
+        config = (Recipe.from_file if args.run is None else Recipe.of_run)(args.recipe).data
         config.path = args.data.path or config.path
         with accelerator.main_process_first():
             data = load_longtailed(config)

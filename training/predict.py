@@ -88,7 +88,7 @@ def write_answers(file: Path, names: Sequence[str], answers: Sequence[Answer]) -
 
 def test_pictures(run: RunFolder, how_many: int) -> Iterator[Picture]:
     """Pictures of a run's test split with their class names, spread evenly over it."""
-    config = Recipe.from_file(run.recipe_file).data
+    config = Recipe.of_run(run.recipe_file).data
     data = load_longtailed(config)
     stored = data.test.cast_column("image", datasets.Image(decode=False))
     for i in np.linspace(0, len(stored) - 1, how_many).astype(int).tolist():

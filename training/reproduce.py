@@ -112,10 +112,9 @@ class Cell:
 
     @property
     def reduced(self) -> bool:
-        """Whether the reduction says anything: NCL is always summed, a single network has nothing to reduce."""
+        """Whether the reduction says anything: a single network has nothing to reduce."""
         method = METHODS[self.method]
-        reducible = "sup_reduction" in {item.name for item in fields(method.settings)}
-        return reducible and method.experts.most is None and self.method != "ncl"
+        return "sup_reduction" in {item.name for item in fields(method.settings)} and method.experts.most is None
 
     @property
     def name(self) -> str:
@@ -460,7 +459,11 @@ def render(
     if not results:
         return None
     every = [run for runs in results.values() for run in runs]
-    if differing := differences(args, results):
+    try:
+        differing = differences(args, results)
+    except ValueError as error:
+        sys.exit(f"error: results of {recipe_name}: {error}")
+    if differing:
         sys.exit(f"error: the runs of {recipe_name} have different recipes: {differing}")
     heads = {cell.name: head for cell, head in rows}
     lines = ["Accuracy and calibration error of the last epoch in %, mean ± sample standard deviation over seeds."]

@@ -65,7 +65,7 @@ def unlabelled(args: Namespace) -> tuple[datasets.Dataset, str]:
     if args.images:
         files = [str(path) for path in find_pictures(args.images)]
         return pictures(files, np.zeros(len(files), np.int64), ["unknown"]), f"{len(files)} pictures"
-    data = Recipe.from_file(RunFolder(args.run).recipe_file).data
+    data = Recipe.of_run(RunFolder(args.run).recipe_file).data
     test = load_longtailed(data).test
     stored = test.select_columns("image").add_column("label", [0] * len(test))
     told = asdict(data)
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
             raise ValueError("there is no picture to weigh the experts by")
         flip = args.flip
         if flip is None:
-            flip = args.run is None or Recipe.from_file(RunFolder(args.run).recipe_file).data.horizontal_flip
+            flip = args.run is None or Recipe.of_run(RunFolder(args.run).recipe_file).data.horizontal_flip
         views = Views(model.to("cuda" if torch.cuda.is_available() else "cpu"), dataset, args, flip)
         weights = stable_weights(views, args.epochs, args.lr).tolist()
         if broken := len(views.broken):

@@ -40,15 +40,20 @@ Results = Sequence[dict[str, Any]]
 
 
 def differing_settings(every: Results) -> set[str]:
-    """Recipe keys that are not the same in all results, apart from a cell's own; keys of older results by default."""
-    default = flatten(asdict(Recipe()))
-    settings = [default | flatten(result["recipe"]) for result in every]
-    return {
-        key
-        for one in settings
-        for key in one.keys() | settings[0].keys()
-        if one.get(key) != settings[0].get(key) and key not in OWN_SETTINGS
-    }
+    """Recipe keys that are not the same in all results that have them, apart from a cell's own.
+
+    What an older result does not say, it has by default; a setting that its method does not have any more says nothing.
+
+    Raises:
+        ValueError: a result is of an unknown method.
+    """
+    first, differing = {}, set()
+    for result in every:
+        default = flatten(asdict(Recipe(method=result["recipe"]["method"])))
+        said = flatten(result["recipe"])
+        settings = default | {key: said[key] for key in said if key in default or not key.startswith("loss.")}
+        differing |= {key for key, value in settings.items() if first.setdefault(key, value) != value}
+    return differing - OWN_SETTINGS
 
 
 def mean_and_deviation(values: Sequence[float | None]) -> tuple[float | None, float | None]:

@@ -31,26 +31,85 @@ class BalancedSettings(Settings):
 
 
 @dataclass(kw_only=True)
-class ECLSettings(MomentumSettings, BalancedSettings):
-    """Weights and constants of the loss terms (Eq. 3 to 11)."""
+class DistillationSettings(Settings):
+    """Of both distillations (Eq. 7 and 8)."""
+
+    temperature: float = 1.0
+    """Temperature of both distillations (Eq. 7 and 8)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.temperature > 0, f"loss.temperature must be positive, got {self.temperature}")
+
+
+@dataclass(kw_only=True)
+class LogitWeight(Settings):
+    """Of the logit distillation."""
 
     alpha_logit: float = 0.6
     """Weight of the logit distillation (Eq. 11)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.alpha_logit >= 0, f"loss.alpha_logit must not be negative, got {self.alpha_logit}")
+
+
+@dataclass(kw_only=True)
+class FeatureWeight(Settings):
+    """Of the feature distillation."""
+
     alpha_feature: float = 0.6
     """Weight of the feature distillation (Eq. 11)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.alpha_feature >= 0, f"loss.alpha_feature must not be negative, got {self.alpha_feature}")
+
+
+@dataclass(kw_only=True)
+class ContrastiveSettings(MomentumSettings):
+    """Of the contrastive proxy task (Eq. 9)."""
+
     beta: float = 1.0
     """Weight of the contrastive proxy task (Eq. 11)."""
-    temperature: float = 1.0
-    """Temperature of both distillations (Eq. 7 and 8)."""
     contrast_temperature: float = 0.2
     """Temperature of the contrastive loss (Eq. 9)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("alpha_logit", "alpha_feature", "beta"):
-            require(getattr(self, name) >= 0, f"loss.{name} must not be negative, got {getattr(self, name)}")
-        for name in ("temperature", "contrast_temperature"):
-            require(getattr(self, name) > 0, f"loss.{name} must be positive, got {getattr(self, name)}")
+        require(self.beta >= 0, f"loss.beta must not be negative, got {self.beta}")
+        positive = self.contrast_temperature > 0
+        require(positive, f"loss.contrast_temperature must be positive, got {self.contrast_temperature}")
+
+
+@dataclass(kw_only=True)
+class LogitSettings(DistillationSettings, LogitWeight, BalancedSettings):
+    """Of supervision and logit distillation."""
+
+
+@dataclass(kw_only=True)
+class FeatureSettings(DistillationSettings, FeatureWeight, BalancedSettings):
+    """Of supervision and feature distillation."""
+
+
+@dataclass(kw_only=True)
+class ProxySettings(ContrastiveSettings, BalancedSettings):
+    """Of supervision and the contrastive proxy task."""
+
+
+@dataclass(kw_only=True)
+class LogitProxySettings(ContrastiveSettings, LogitSettings):
+    """Of supervision, logit distillation and the contrastive proxy task."""
+
+
+@dataclass(kw_only=True)
+class FeatureProxySettings(ContrastiveSettings, FeatureSettings):
+    """Of supervision, feature distillation and the contrastive proxy task."""
+
+
+@dataclass(kw_only=True)
+class ECLSettings(ContrastiveSettings, DistillationSettings, FeatureWeight, LogitWeight, BalancedSettings):
+    """Weights and constants of the loss terms (Eq. 3 to 11)."""
 
 
 def _over_experts(logits: Tensor, out: TaskOutputs, tau: float, reduction: str) -> Tensor:
@@ -60,15 +119,15 @@ def _over_experts(logits: Tensor, out: TaskOutputs, tau: float, reduction: str) 
     return mean * k if reduction == "sum" else mean
 
 
-def _plain(out: TaskOutputs, config: ECLSettings) -> Tensor:
+def _plain(out: TaskOutputs, config: BalancedSettings) -> Tensor:
     return _over_experts(out.cls_logits, out, 0.0, config.sup_reduction)
 
 
-def _supervision(out: TaskOutputs, config: ECLSettings) -> Tensor:
+def _supervision(out: TaskOutputs, config: BalancedSettings) -> Tensor:
     return _over_experts(out.cls_logits, out, config.tau, config.sup_reduction)
 
 
-def _reference(out: TaskOutputs, config: ECLSettings) -> Tensor:
+def _reference(out: TaskOutputs, config: BalancedSettings) -> Tensor:
     return _over_experts(out.ref_logits, out, config.tau, config.sup_reduction)
 
 
@@ -92,20 +151,20 @@ def _inverted_weights(out: TaskOutputs) -> Tensor:
 
 
 def _logit(weights: Callable[[TaskOutputs], Tensor | None], detach_teacher: bool = False) -> Loss:
-    def loss(out: TaskOutputs, config: ECLSettings) -> Tensor:
+    def loss(out: TaskOutputs, config: DistillationSettings) -> Tensor:
         return losses.logit_distillation(out.cls_logits, weights(out), config.temperature, detach_teacher)
 
     return loss
 
 
 def _feature(detach_teacher: bool = False) -> Loss:
-    def loss(out: TaskOutputs, config: ECLSettings) -> Tensor:
+    def loss(out: TaskOutputs, config: DistillationSettings) -> Tensor:
         return losses.feature_distillation(out.features, config.temperature, detach_teacher)
 
     return loss
 
 
-def _contrastive(out: TaskOutputs, config: ECLSettings) -> Tensor:
+def _contrastive(out: TaskOutputs, config: ContrastiveSettings) -> Tensor:
     """Summed over experts, as printed in Eq. 9."""
     experts = zip(out.queries, out.keys, out.queues, strict=True)
     return sum(losses.info_nce(query, key, queue, config.contrast_temperature) for query, key, queue in experts)
@@ -127,8 +186,8 @@ FEATURE_DETACHED = Term("feature", _feature(detach_teacher=True), "alpha_feature
 CONTRASTIVE = Term("contrastive", _contrastive, "beta", _MOMENTUM)
 
 
-def _method(*terms: Term) -> Method:
-    return Method((Stage(terms),), ECLSettings)
+def _method(settings: type[BalancedSettings], *terms: Term) -> Method:
+    return Method((Stage(terms),), settings)
 
 
 METHODS: dict[str, Method] = {
@@ -137,18 +196,18 @@ METHODS: dict[str, Method] = {
     "bc": Method((Stage((SUPERVISION,)),), BalancedSettings, experts=Experts(1, most=1)),
     # Table III, top to bottom: K independent experts, then balanced knowledge transfer (bkt), feature level
     # distillation (fld) and the contrastive proxy task (cpt)
-    "bc_ensemble": Method((Stage((SUPERVISION,)),), BalancedSettings),
-    "bkt": _method(SUPERVISION, REFERENCE, BALANCED),
-    "fld": _method(SUPERVISION, FEATURE),
-    "cpt": _method(SUPERVISION, CONTRASTIVE),
-    "bkt_cpt": _method(SUPERVISION, REFERENCE, BALANCED, CONTRASTIVE),
-    "fld_cpt": _method(SUPERVISION, FEATURE, CONTRASTIVE),
-    "ecl": _method(SUPERVISION, REFERENCE, BALANCED, FEATURE, CONTRASTIVE),
+    "bc_ensemble": _method(BalancedSettings, SUPERVISION),
+    "bkt": _method(LogitSettings, SUPERVISION, REFERENCE, BALANCED),
+    "fld": _method(FeatureSettings, SUPERVISION, FEATURE),
+    "cpt": _method(ProxySettings, SUPERVISION, CONTRASTIVE),
+    "bkt_cpt": _method(LogitProxySettings, SUPERVISION, REFERENCE, BALANCED, CONTRASTIVE),
+    "fld_cpt": _method(FeatureProxySettings, SUPERVISION, FEATURE, CONTRASTIVE),
+    "ecl": _method(ECLSettings, SUPERVISION, REFERENCE, BALANCED, FEATURE, CONTRASTIVE),
     # Controls
-    "kd": _method(SUPERVISION, UNWEIGHTED),
-    "reference_only": _method(SUPERVISION, REFERENCE),
-    "ecl_unweighted": _method(SUPERVISION, REFERENCE, UNWEIGHTED, FEATURE, CONTRASTIVE),
-    "ecl_shuffled": _method(SUPERVISION, REFERENCE, SHUFFLED, FEATURE, CONTRASTIVE),
-    "ecl_inverted": _method(SUPERVISION, REFERENCE, INVERTED, FEATURE, CONTRASTIVE),
-    "ecl_detached": _method(SUPERVISION, REFERENCE, BALANCED_DETACHED, FEATURE_DETACHED, CONTRASTIVE),
+    "kd": _method(LogitSettings, SUPERVISION, UNWEIGHTED),
+    "reference_only": _method(BalancedSettings, SUPERVISION, REFERENCE),
+    "ecl_unweighted": _method(ECLSettings, SUPERVISION, REFERENCE, UNWEIGHTED, FEATURE, CONTRASTIVE),
+    "ecl_shuffled": _method(ECLSettings, SUPERVISION, REFERENCE, SHUFFLED, FEATURE, CONTRASTIVE),
+    "ecl_inverted": _method(ECLSettings, SUPERVISION, REFERENCE, INVERTED, FEATURE, CONTRASTIVE),
+    "ecl_detached": _method(ECLSettings, SUPERVISION, REFERENCE, BALANCED_DETACHED, FEATURE_DETACHED, CONTRASTIVE),
 }

@@ -4,7 +4,7 @@ K whole networks learn by balanced cross-entropy, over all classes and over the 
 ways; `ncl` has the contrastive branch, too.
 
 Read: Bazinga699/NCL@f64fddb lib/loss/loss.py 6-113, lib/core/combiner.py 57-, lib/core/function.py 43-49, lib/net. As
-there, the losses are sums over the experts; settings of ECL's that have no part in them do nothing.
+there, the losses are sums over the experts.
 
 Departures: the published logarithm of the distillation adds 1e-9 to each probability. The momentum branch is this
 project's: there the key encoder starts elsewhere, its projector never moves, and the moving average runs K times a
@@ -14,16 +14,23 @@ Published, best epoch of the ensemble on the test set, 400 epochs: CIFAR-100-LT,
 54.2, CIFAR-10-LT 87.3 / 85.5; ImageNet-LT, ResNet-50 / ResNeXt-50: 59.5 / 60.5; iNaturalist 2018: 74.9.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ecl_hf.losses import full_precision, logit_distillation
 from ecl_hf.methods.base import Method, Stage, TaskOutputs, Term
-from ecl_hf.methods.ecl import CONTRASTIVE, ECLSettings
+from ecl_hf.methods.ecl import CONTRASTIVE, ContrastiveSettings, LogitWeight
 
 HARD_FRACTION = 0.3
 """Share of the classes that are mined as hard: 30 of 100, 300 of 1000, 2442 of 8142 in the published files."""
+
+
+@dataclass(kw_only=True)
+class NCLSettings(ContrastiveSettings, LogitWeight):
+    """Weights of distillation and contrast, and constants of the latter."""
 
 
 def hard_categories(logits: Tensor, labels: Tensor, num_hard: int) -> Tensor:
@@ -84,11 +91,11 @@ def _hard(out: TaskOutputs) -> Tensor:
     return hard_categories(out.cls_logits[0], out.labels, max(1, int(HARD_FRACTION * out.cls_logits.shape[-1])))
 
 
-def _supervision(out: TaskOutputs, settings: ECLSettings) -> Tensor:  # noqa: ARG001
+def _supervision(out: TaskOutputs, settings: LogitWeight) -> Tensor:  # noqa: ARG001
     return nested_cross_entropy(out.cls_logits, out.labels, out.log_class_counts, _hard(out))
 
 
-def _distillation(out: TaskOutputs, settings: ECLSettings) -> Tensor:  # noqa: ARG001
+def _distillation(out: TaskOutputs, settings: LogitWeight) -> Tensor:  # noqa: ARG001
     return nested_distillation(out.cls_logits, out.log_class_counts, _hard(out))
 
 
@@ -96,6 +103,6 @@ SUPERVISION = Term("supervision", _supervision)
 DISTILLATION = Term("logit", _distillation, "alpha_logit")
 
 METHODS = {
-    "ncl_plain": Method((Stage((SUPERVISION, DISTILLATION)),), ECLSettings),
-    "ncl": Method((Stage((SUPERVISION, DISTILLATION, CONTRASTIVE)),), ECLSettings),
+    "ncl_plain": Method((Stage((SUPERVISION, DISTILLATION)),), LogitWeight),
+    "ncl": Method((Stage((SUPERVISION, DISTILLATION, CONTRASTIVE)),), NCLSettings),
 }

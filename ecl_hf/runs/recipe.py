@@ -120,6 +120,26 @@ class Recipe:
             raise ValueError(f"recipe {path}: {error}") from error
 
     @classmethod
+    def of_run(cls, path: str | Path) -> "Recipe":
+        """Read what a run was trained with, maybe by another version: settings that its method lacks are left out."""
+        found = read_yaml(path)
+        try:
+            method = found.get("method", "ecl")
+            known = {item.name for item in fields(settings_of(method))}
+            loss = found.get("loss") or {}
+            require(isinstance(loss, dict), "loss must be a section with keys of its own")
+            return cls._from_tree({**found, "loss": {key: loss[key] for key in loss if key in known}}, method)
+        except (ArgumentError, TypeError, ValueError) as error:
+            raise ValueError(f"recipe {path}: {error}") from error
+
+    @classmethod
+    def _from_tree(cls, tree: dict[str, Any], method: str) -> "Recipe":
+        tree = {key: value for key, value in tree.items() if value != {}}
+        parser = ArgumentParser(exit_on_error=False)
+        cls.add_arguments(parser, method)
+        return cls.from_arguments(parser, parser.parse_object(json.loads(json.dumps(tree, default=os.fspath))))
+
+    @classmethod
     def named(cls, name: str | Path, **changes: Any) -> "Recipe":
         """A recipe of the package by its name, or one of your own by its file, with some keys changed.
 
@@ -146,10 +166,7 @@ class Recipe:
             check_file(found, profile)
             if isinstance(data := changes.get("data"), dict):
                 check_profile(profile, [f"data.{key}" for key in data])
-            tree = {key: value for key, value in tree.items() if value != {}}
-            parser = ArgumentParser(exit_on_error=False)
-            cls.add_arguments(parser, method)
-            return cls.from_arguments(parser, parser.parse_object(json.loads(json.dumps(tree, default=os.fspath))))
+            return cls._from_tree(tree, method)
         except (ArgumentError, TypeError, ValueError) as error:
             raise ValueError(f"recipe {name}: {error}") from error
 

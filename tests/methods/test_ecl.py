@@ -1,5 +1,6 @@
 """Methods and the collaborative task: which terms and branches, their values, and whom their gradients reach."""
 
+from dataclasses import fields
 from itertools import permutations, product
 
 import pytest
@@ -9,7 +10,7 @@ from torch.testing import assert_close
 
 from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.learning.task import CollaborativeTask
-from ecl_hf.methods import Method, Stage, TaskOutputs, Term, ecl, ncl
+from ecl_hf.methods import METHODS, Method, Stage, TaskOutputs, Term, ecl, ncl
 from ecl_hf.methods.ecl import ECLSettings
 from tests import reference
 
@@ -392,3 +393,19 @@ def test_paper_values_by_default():
     assert (config.alpha_logit, config.alpha_feature, config.beta, config.tau) == (0.6, 0.6, 1.0, 1.0)
     assert (config.queue_size, config.projection_dim, config.contrast_temperature) == (1024, 64, 0.2)
     assert (config.key_momentum, config.sup_reduction, config.temperature) == (0.999, "mean", 1.0)
+
+
+@pytest.mark.parametrize("method", ["ncl", "ncl_plain", "fld", "cpt", "kd", "bkt"])
+def test_methods_beside_ecl_have_no_setting_that_they_do_not_read(method):
+    read = set()
+
+    class Noted:
+        def __getattr__(self, name):
+            read.add(name)
+            return getattr(METHODS[method].settings(), name)
+
+    config = ECLConfig(architecture="resnet20_cifar", num_experts=2, class_counts=[9, 5, 2])
+    task = CollaborativeTask(ECLForImageClassification(config), METHODS[method], Noted())
+    task(torch.randn(4, 3, 8, 8), torch.arange(4) % 3, torch.randn(4, 3, 8, 8))
+    task.follow()
+    assert read == {item.name for item in fields(METHODS[method].settings)}

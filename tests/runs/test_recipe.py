@@ -12,7 +12,7 @@ from ecl_hf.data.longtail import exponential_counts
 from ecl_hf.learning.config import ModelConfig, OptimConfig, TrainConfig
 from ecl_hf.methods import METHODS
 from ecl_hf.methods.ecl import ECLSettings
-from ecl_hf.runs.folder import flatten
+from ecl_hf.runs.folder import RunFolder, flatten
 from ecl_hf.runs.recipe import Recipe, prepare_flags
 
 FILES = sorted((Path(__file__).parents[2] / "training" / "recipes").rglob("*.yaml"))
@@ -300,7 +300,7 @@ def test_pretrained_is_a_switch_or_a_name(text, pretrained, tmp_path):
 
 
 OTHER = Recipe(
-    method="bkt",
+    method="ecl_shuffled",
     seed=7,
     epochs=3,
     batch_size=10,
@@ -462,3 +462,17 @@ def test_file_with_counts_that_its_own_profile_does_not_use_is_refused(tmp_path)
     file.write_text(yaml.safe_dump(asdict(Recipe.named("places_lt"))))  # as a run's folder holds it
     prepare_flags(["--recipe", str(file)])
     Recipe.named(file)
+
+
+def test_run_of_an_older_version_is_read_without_the_settings_that_its_method_lost(tmp_path):
+    recipe = Recipe(method="ncl", epochs=7)
+    recipe.loss.alpha_logit = 0.3
+    tree = asdict(recipe)
+    tree["loss"] |= {"tau": 2.0, "sup_reduction": "sum"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    assert Recipe.of_run(tmp_path / "recipe.yaml") == recipe
+    with pytest.raises(ValueError, match=r"loss\.sup_reduction is no setting of ncl"):
+        RunFolder(tmp_path).check(recipe, resume=True)  # another version's may mean something
+    (tmp_path / "recipe.yaml").write_text("method: ncl\nloss: 3\n")
+    with pytest.raises(ValueError, match=r"recipe\.yaml: loss must be a section"):
+        Recipe.of_run(tmp_path / "recipe.yaml")

@@ -186,6 +186,14 @@ def test_evaluation_repeats_the_results_of_the_run(run, tmp_path):
         assert ours[key] == theirs[key]
 
 
+def test_run_whose_method_had_more_settings_is_predicted_and_evaluated(run, tmp_path):
+    old = shutil.copytree(run, tmp_path / "old")
+    recipe = old / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("loss:\n", "loss:\n  queue_size: 1024\n"))
+    assert len(predict.main([f"--run={old}", "--how_many=2"])) == 2
+    assert evaluate.main([f"--run={old}"])["test_images"] == 400
+
+
 def test_evaluation_of_a_run_writes_tables_and_arrays(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)  # as where only what the package needs is installed
     results = evaluate.main([f"--run={run}", "--landscape_images=6"])

@@ -439,8 +439,8 @@ def test_table_of_methods_has_accuracy_beside_cost(tmp_path, tiny):
     text = page.read_text()
     assert "(methods.png)" in text
     assert page.with_suffix(".png").stat().st_size > 1000
-    place(tmp_path / "tiny", "ce", made_up(1, method="ce", loss={"a_setting_of_its_own": 3}))
-    with pytest.raises(SystemExit, match=r"different recipes.*loss\.a_setting"):
+    place(tmp_path / "tiny", "ce", made_up(1, method="ce", loss={"tau": 3.0}))
+    with pytest.raises(SystemExit, match=r"different recipes.*loss\.tau"):
         reproduce.main(["methods", *tiny, "--render_only", "--seeds", "0", "1"])
 
 
@@ -448,6 +448,15 @@ def test_older_results_have_the_default_of_newer_settings():
     old, new = made_up(0), made_up(1, loss={"queue_size": 1024})
     assert tables.differing_settings([old, new]) == set()
     assert tables.differing_settings([old, made_up(1, loss={"queue_size": 7})]) == {"loss.queue_size"}
+
+
+def test_settings_that_a_method_does_not_have_are_not_compared():
+    """Older results of NCL hold all of ECL's."""
+    old = made_up(0, method="ncl", loss={"tau": 3.0, "queue_size": 8192})
+    new = made_up(1, method="ncl", loss={"queue_size": 8192})
+    others = [made_up(0, method="bc_ensemble"), made_up(0, method="ecl", loss={"queue_size": 8192})]
+    assert tables.differing_settings([old, new, *others]) == set()
+    assert tables.differing_settings([old, made_up(1, method="ncl")]) == {"loss.queue_size"}
 
 
 @pytest.mark.parametrize("target", ["comparison", "table3"])
