@@ -267,12 +267,12 @@ def cross_entropies(logits: Tensor, labels: Tensor, shift: Tensor | None = None)
     return -log_p.gather(-1, labels.expand(logits.shape[:-1])[..., None])[..., 0]
 
 
-def weighted_mean(losses: Tensor, weights: Tensor | None = None) -> Tensor:
+def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
     """Mean of the images' losses, divided by the sum of their weights; [B], [B] -> [].
 
     With `weights = w[labels]` it is the mean of `F.cross_entropy(weight=w)`.
     """
-    return losses.mean() if weights is None else (weights * losses).sum() / weights.sum()
+    return (weights * losses).sum() / weights.sum()
 
 
 def effective_number_weights(class_counts: Tensor, beta: float) -> Tensor:

@@ -71,16 +71,6 @@ def reversed_classes(draw: Draw) -> np.ndarray:
     return class_balanced(2.0)(draw)
 
 
-def effective_number(beta: float = 0.9999) -> Sampler:
-    """Draws with replacement, each picture with the weight `(1 - b) / (1 - b^n_y)` of its class (Cui et al. 2019)."""
-
-    def sampler(draw: Draw) -> np.ndarray:
-        counts = np.bincount(draw.labels)
-        return _by_picture_weights(draw, (1 - beta) / -np.expm1(counts[draw.labels] * np.log(beta)))
-
-    return sampler
-
-
 def by_weights(draw: Draw) -> np.ndarray:
     """Draws with replacement by the weights of a train-only part; every picture once where there are none yet."""
     return instance(draw) if draw.weights is None else _by_picture_weights(draw, draw.weights)

@@ -7,7 +7,7 @@ losses know nothing of them.
 import ctypes
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import torch
@@ -60,18 +60,17 @@ def counted_once(module: nn.Module) -> Iterator[None]:
             tensor.copy_(old)
 
 
-def keep_freed_memory() -> bool:
-    """Let this process keep the memory of a step for the next one; whether the C library can.
+def keep_freed_memory() -> None:
+    """Let this process keep the memory of a step for the next one, where the C library can.
 
     A step on a CPU frees hundreds of megabytes, which glibc gives back to the system and then fetches page by page: 5 %
     of the time of a step.
     """
     trim_threshold, mmap_max = -1, -4  # glibc's names for its options
-    try:
+    with suppress(AttributeError, OSError, TypeError):  # of another C library
         library = ctypes.CDLL(None)
-        return bool(library.mallopt(trim_threshold, -1) and library.mallopt(mmap_max, 0))  # -1 is never
-    except (AttributeError, OSError, TypeError):  # another C library
-        return False
+        library.mallopt(trim_threshold, -1)  # never
+        library.mallopt(mmap_max, 0)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -75,22 +75,17 @@ def robust_losses(
     return -(-distances / temperature).log_softmax(-1).diagonal()
 
 
-def robust_loss(losses_of_images: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
+def robust_loss(losses_of_images: Tensor, labels: Tensor) -> Tensor:
     """Mean over the classes of the batch of their images' mean loss.
 
     Args:
         losses_of_images: `robust_losses`, [B].
         labels: class indices, [B].
-        class_weights: of the sum over the classes; it is divided by the weights of all classes, also of absent ones,
-            as published; [C]. When None the classes of the batch count alike.
 
     Returns:
         [].
     """
-    shares = 1 / (labels[:, None] == labels).to(losses_of_images.dtype).sum(1)
-    if class_weights is None:
-        return losses.weighted_mean(losses_of_images, shares)
-    return (class_weights[labels] * shares * losses_of_images).sum() / class_weights.sum()
+    return losses.weighted_mean(losses_of_images, 1 / (labels[:, None] == labels).to(losses_of_images.dtype).sum(1))
 
 
 class Prototypes(Part):

@@ -13,7 +13,6 @@ from ecl_hf.data.samplers import (
     class_aware,
     class_balanced,
     deferred,
-    effective_number,
     instance,
     reversed_classes,
 )
@@ -25,7 +24,6 @@ EVERY = {
     "class_balanced": class_balanced(),
     "square_root": class_balanced(0.5),
     "reversed": reversed_classes,
-    "effective_number": effective_number(),
     "class_aware": class_aware(4),
     "deferred": deferred(class_balanced(), 0.5),
 }
@@ -57,7 +55,6 @@ def frequencies(sampler, epochs=40):
         (class_balanced(0.0), lambda n: n),
         (class_balanced(lambda _: 1.0), lambda _: 1.0),
         (reversed_classes, lambda n: 1 / n),
-        (effective_number(0.99), lambda n: n / sum(0.99**j for j in range(n))),
     ],
 )
 def test_class_frequencies(sampler, class_weight):

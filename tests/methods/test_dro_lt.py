@@ -29,17 +29,15 @@ def published_margins(epsilons, labels):
 
 @pytest.mark.parametrize("batch", ["all", "missing"])
 @pytest.mark.parametrize("temperature", ["1", "0.5"])
-@pytest.mark.parametrize("weighted", ["", "_weighted"])
-def test_published_values_with_the_margins_mixed_up_as_published(values, batch, temperature, weighted):
+def test_published_values_with_the_margins_mixed_up_as_published(values, batch, temperature):
     labels, prototypes = values["labels" if batch == "all" else "labels_missing"], prototypes_of(values)
-    weights = values["class_weights"] if weighted else None
 
     def loss(features, epsilons):
         margins = published_margins(epsilons, labels)
         images = dro_lt.robust_losses(features, labels, prototypes, margins, float(temperature))
-        return dro_lt.robust_loss(images, labels, weights)
+        return dro_lt.robust_loss(images, labels)
 
-    case, features, epsilons = f"{batch}_T{temperature}{weighted}", values["features"], values["epsilons"]
+    case, features, epsilons = f"{batch}_T{temperature}", values["features"], values["epsilons"]
     agrees(lambda x: loss(x, epsilons), features, values[f"loss_{case}"], values[f"grad_features_{case}"])
     agrees(lambda x: loss(features, x), epsilons, values[f"loss_{case}"], values[f"grad_epsilons_{case}"])
 

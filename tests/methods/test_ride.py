@@ -34,7 +34,7 @@ def draw(*shape):
 def supervision(logits, values, deferred):
     counts, labels = values["class_counts"].double(), values["labels"]
     losses = ride.margin_losses(logits, labels, ldam_margins(counts, MARGIN), SCALE)
-    return weighted_mean(losses, effective_number_weights(counts, BETA)[labels] if deferred else None)
+    return weighted_mean(losses, effective_number_weights(counts, BETA)[labels]) if deferred else losses.mean()
 
 
 def total(logits, values, case, deferred):
