@@ -20,8 +20,8 @@ def seal(folder: Path) -> None:
 
 
 def synchronise_folder(folder: Path) -> None:
-    """Bring a folder and the files in it to the disk."""
-    for path in (*folder.iterdir(), folder):
+    """Bring a folder and all in it to the disk."""
+    for path in (*folder.rglob("*"), folder):
         synchronise(path)
 
 

@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from transformers.image_utils import load_image
 
 from ecl_hf.data import pictures
@@ -87,6 +87,15 @@ def test_sixteen_bits_keep_their_shades():
     assert whole.mode == "I"
     assert np.asarray(to_rgb(whole))[0, :, 0].tolist() == [0, 0, 1, 78, 255, 0, 255]
     assert decode(stored(whole, "tiff")).tobytes() == to_rgb(whole).tobytes()
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+def test_pictures_of_many_bits_are_bounded_before_they_are_decoded(kind, monkeypatch):
+    record = stored(Image.fromarray(np.zeros((8, 9), kind)), "tiff")
+    assert decode(record, max_pixels=72).size == (9, 8)
+    monkeypatch.setattr(TiffImagePlugin.TiffImageFile, "load", lambda _: pytest.fail("decoded"))
+    with pytest.raises(BrokenPictureError, match="9 x 8 pixels are more than"):
+        decode(record, max_pixels=71)
 
 
 def test_floats_count_from_0_to_1_or_to_255():

@@ -38,6 +38,29 @@ def test_class_histogram():
     assert axes.get_legend().get_texts()[0].get_text() == "many: 1 classes, 200 images"
 
 
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda names: plots.plot_class_histogram(COUNTS, names),
+        lambda names: plots.plot_feature_distance({"a": np.ones((1, 3))}, COUNTS, names),
+        lambda names: plots.plot_transfer({"a": np.ones(3)}, {}, {"a": np.ones(3)}, COUNTS, names, [1, 1, 1]),
+        lambda names: plots.plot_confusion({"a": np.ones((3, 3), int)}, COUNTS, names),
+    ],
+)
+def test_names_of_classes_are_not_cut_off(draw):
+    figure = draw([f"{letter * 200}" for letter in "abc"])
+    figure.draw_without_rendering()
+    labels = [label for axes in figure.axes for label in axes.get_xticklabels() if label.get_text()]
+    assert any(len(label.get_text()) > 15 for label in labels)
+    width, height = figure.bbox.size
+    for label in labels:
+        box = label.get_window_extent()
+        assert box.x0 >= 0
+        assert box.y0 >= 0
+        assert box.x1 <= width
+        assert box.y1 <= height
+
+
 def test_class_accuracy():
     figure = plots.plot_class_accuracy({"a": np.array([0.5, 0.9, np.nan]), "b": np.array([0.1, 0.2, 0.3])}, COUNTS)
     x, y = lines(figure.axes[0], "a")
@@ -56,6 +79,7 @@ def test_training_has_a_panel_for_each_term_of_any_run():
     assert [axes.get_title() for axes in figure.axes] == ["loss", "supervision", "contrastive"]
     assert [values.tolist() for values in lines(figure.axes[0], "a")] == [[1, 2], [3, 2]]
     assert lines(figure.axes[1], "b")[0].size == 0
+    assert [line.get_marker() for line in figure.axes[0].lines] == ["None", "o"]  # no line goes through one point
 
 
 def test_what_no_training_logged_is_left_out_or_harmless(monkeypatch):

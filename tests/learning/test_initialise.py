@@ -1,6 +1,7 @@
 """Fresh ensembles: weights from a file in every expert, heads drawn anew, sizes, and what does not fit."""
 
 import os
+import pickle
 
 import pytest
 import timm
@@ -202,6 +203,33 @@ def test_damaged_file_is_refused(tmp_path):
     (tmp_path / "weights.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"weights\.safetensors can't be loaded into resnet20_cifar"):
         initialise(architecture="resnet20_cifar", pretrained=str(tmp_path / "weights.safetensors"))
+
+
+class Bomb:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return open, (str(self.target), "w")
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights.pt", "weights.bin", "weights.safetensors"])
+@pytest.mark.parametrize("save", [torch.save, lambda content, file: file.write_bytes(pickle.dumps(content, 2))])
+def test_pickled_code_is_not_run(save, name, tmp_path):
+    save({"conv1.weight": Bomb(tmp_path / "harm")}, tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name} can't be loaded into resnet20_cifar"):
+        initialise(architecture="resnet20_cifar", pretrained=str(tmp_path / name))
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("content", [None, [1], {1: torch.ones(1)}, {"conv1.weight": "x"}, {"state_dict": [1]}])
+def test_file_that_holds_no_weights_is_named(content, tmp_path):
+    file = tmp_path / "weights.pth"
+    file.write_bytes(b"") if content is None else torch.save(content, file)
+    with pytest.raises(ValueError, match=r"weights\.pth can't be loaded into resnet20_cifar: \S"):
+        initialise(architecture="resnet20_cifar", pretrained=str(file))
 
 
 @pytest.mark.parametrize("gone", ["layer2.1.conv2.weight", "conv1.weight"])

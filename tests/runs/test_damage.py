@@ -4,6 +4,7 @@ import json
 import os
 import re
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.evidence.results import report
 from ecl_hf.learning.finite import check_saved, check_weights
+from ecl_hf.runs.checkpoints import find_defect, seal
 from ecl_hf.runs.folder import Progress, RunFolder, write_atomically
 from ecl_hf.runs.recipe import Recipe, read_yaml
 
@@ -98,6 +100,41 @@ def test_damaged_model_is_not_finished(name, harm, tmp_path):
     with pytest.raises(ValueError, match="has results, but no checkpoint to go on from"):
         run.resumable_checkpoint(said.append)
     assert "the model of the finished run is not whole" in said[0]
+
+
+def test_all_that_is_published_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
+    """A power failure would else leave empty files and a run that says that it is finished."""
+    run, brought, fsync = RunFolder(tmp_path.resolve()), [], os.fsync
+
+    def note(descriptor):
+        brought.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    def card(folder):
+        (folder / ".eval_results").mkdir()
+        for name in ("README.md", "class_counts.png", ".eval_results/photos.yaml"):
+            (folder / name).write_text("x")
+
+    monkeypatch.setattr(os, "fsync", note)
+    model = ECLForImageClassification(ECLConfig(architecture="test_resnet", num_experts=2, class_counts=[3, 1]))
+    run.finish(model, card, {"finished": True}, "class\n")
+    partial = run.path / ".model.partial"
+    published = {str(partial), *(str(partial / path.relative_to(run.model)) for path in run.model.rglob("*"))}
+    assert len(published) > 10
+    rename = brought.index(str(run.path))
+    assert set(brought[:rename]) == published
+    assert brought[rename + 1 :] == [str(run.path / f".{name}.partial") for name in ("classes.csv", "results.json")]
+
+
+@pytest.mark.parametrize("name", ["weights", "progress.json", "SHA256SUMS"])
+def test_pipe_in_a_checkpoint_is_a_defect(name, tmp_path):
+    for file in ("weights", "progress.json"):
+        (tmp_path / file).write_text("x")
+    seal(tmp_path)
+    assert find_defect(tmp_path) is None
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    assert re.search(rf"{name}\b", find_defect(tmp_path))
 
 
 def test_sparse_terabytes_are_not_hashed(tmp_path):

@@ -260,6 +260,10 @@ def test_evaluation_needs_a_run_or_a_model_with_recipe(run, capsys):
         with pytest.raises(SystemExit):
             evaluate.main(flags)
     assert "--model with --recipe" in capsys.readouterr().err
+    for other in ("--recipe=quickstart", f"--model={run / 'model'}"):  # of two recipes one would count silently
+        with pytest.raises(SystemExit, match="2"):
+            evaluate.main([f"--run={run}", other])
+        assert "give either --run, or --model with --recipe" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

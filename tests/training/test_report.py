@@ -10,6 +10,7 @@ import subprocess
 import zipfile
 from dataclasses import replace
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import figures
 import numpy as np
@@ -273,7 +274,7 @@ def test_wrong_flags_are_named(tmp_path, flags, capsys):
 NAMES = [
     "Ärger im Ölfeld, eine sehr lange Bezeichnung einer Klasse, die niemals endet",
     *("浮游生物的一个非常长的中文类名称包含很多汉字", "クラゲの幼生", "해파리 유생", "العوالق الحيوانية", "פלנקטון"),
-    *("<img src=x onerror=alert(1)>", "_hidden $x^2$ $y$", "a" * 70 + "1", "a" * 70 + "2"),
+    *("<img src=x onerror=alert(1)>", "_hidden $x^2$ $y$ \x01\x1b[31m\u202e", "a" * 70 + "1", "a" * 70 + "2"),
 ]
 
 
@@ -308,6 +309,11 @@ def test_strange_names_are_readable_and_do_nothing(strange, monkeypatch, capsys)
     assert {"class 1 (299)", "class 2 (179)", "class 3 (107)"} <= set(comments)
     assert "פלנקטון (38)" in comments or "38" in drawn
     assert len({comment for comment in comments if comment.startswith("aaa")}) == 2
+    drawings = list((strange / "figures").glob("*.svg"))
+    assert drawings
+    for drawing in drawings:  # a browser shows nothing of one with a control character
+        ElementTree.parse(drawing)
+    assert not {"\x01", "\x1b", "\u202e"} & set(text)
 
 
 def test_each_class_is_in_the_table_worst_first(strange):
