@@ -1,10 +1,12 @@
 """Picture files as data sets, and trees of class folders."""
 
+import functools
 import glob
 import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import dropwhile
 from pathlib import Path
 
 import datasets
@@ -25,21 +27,65 @@ TABLES = (".parquet", ".arrow", "metadata.csv", "metadata.jsonl")
 def find_pictures(names: Sequence[str]) -> list[Path]:
     """Picture files: those that are named, all in the folders that are named and below, and what a glob finds.
 
+    What is hidden is left out. Neither folders nor `**` go through links, which may lead upwards; a picture that is
+    found again through a folder that is a link counts once.
+
     Raises:
         FileNotFoundError: a name stands for nothing.
     """
-    found: list[Path] = []
+    found: dict[tuple[str, str], Path] = {}
+    real = functools.cache(os.path.realpath)
     for name in names:
         if Path(name).is_dir():
-            inside = (path for path in sorted(Path(name).rglob("*")) if path.suffix.lower() in PICTURES)
-            new = [path for path in inside if path.is_file()]
+            files = (Path(place) / file for place, inside in walk(name) for file in inside if _suffix(file) in PICTURES)
         else:
-            matches = map(Path, sorted(glob.glob(name, recursive=True)))  # noqa: PTH207 (it may be absolute)
-            new = [Path(name)] if Path(name).is_file() else [path for path in matches if path.is_file()]
+            files = map(Path, [name] if Path(name).is_file() else _matches(name))
+        new = [path for path in sorted(files) if path.is_file()]
         if not new:
             raise FileNotFoundError(f"{name} is no picture, and no folder or pattern with pictures")
-        found += new
-    return list(dict.fromkeys(found))
+        for path in new:
+            found.setdefault((real(path.parent), path.name), path)
+    return list(found.values())
+
+
+def walk(root: str | Path, links: bool = False) -> Iterator[tuple[str, list[str]]]:
+    """A folder, and those below it in no order, each with the names in it that are no folders; nothing hidden.
+
+    Args:
+        root: where to begin.
+        links: whether to go into folders that are links.
+    """
+    waiting = [str(root)]
+    while waiting:  # unlike os.walk of older Pythons, which a tree of a thousand folders in each other ends
+        place = waiting.pop()
+        try:
+            with os.scandir(place) as entries:
+                inside = [entry for entry in entries if not entry.name.startswith(".")]
+        except OSError:  # may not be read, or is too deep for a path
+            continue
+        folders = {entry.name for entry in inside if _is_folder(entry)}
+        yield place, [entry.name for entry in inside if entry.name not in folders]
+        waiting += [entry.path for entry in inside if entry.name in folders and (links or not entry.is_symlink())]
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle
+        return False
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """What a glob finds, where `**` goes through no links."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        yield from glob.iglob(pattern)  # noqa: PTH207 (it may be absolute)
+        return
+    first = parts.index("**")
+    rest = [*dropwhile("**".__eq__, parts[first:])] or ["*"]
+    for root in glob.iglob(os.path.join("", *parts[:first]) or "."):  # noqa: PTH118, PTH207
+        for place, _ in walk(root):
+            yield from _matches(os.path.join(glob.escape(place), *rest))  # noqa: PTH118
 
 
 def pictures(files: Sequence[str], labels: np.ndarray, class_names: Sequence[str]) -> datasets.Dataset:
@@ -140,10 +186,9 @@ class Seen:
             ValueError: a link leads to a folder that was seen already, or a name is no text.
         """
         found = []
-        for place, folders, names in os.walk(folder, followlinks=True):
+        for place, names in walk(folder, links=True):
             self._enter(place)
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            found.append((place, sorted(name for name in names if not name.startswith("."))))
+            found.append((place, sorted(names)))
         files = [os.path.join(place, name) for place, names in sorted(found) for name in names]  # noqa: PTH118 (fast)
         if strange := [file for file in files if not _encodable(file)]:
             raise ValueError(f"the name of {printable(strange[0], 300)} ({strange[0]!r}) is no UTF-8")

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from ecl_hf.data.config import DataConfig
+from ecl_hf.data.folders import find_pictures
 from ecl_hf.data.loaders import ViewDataset
 from ecl_hf.data.longtailed import load_longtailed
 from ecl_hf.data.pictures import BrokenPictureError, decode
@@ -144,6 +145,43 @@ def test_test_pictures_do_not_come_into_training(folders):
     (folders / "train" / "a" / "more").symlink_to(folders / "test" / "b")
     with pytest.raises(ValueError, match=r"is the same folder as .*train/a/more"):
         load(folders)
+
+
+@pytest.mark.parametrize(
+    "name", ["photos", "photos/**/*.png", "**/[0-9]*.png", "photos/**", "*/**/**/*", "ph*/*/*.png"]
+)
+def test_each_picture_is_found_once(name, folders, tmp_path, monkeypatch):
+    """Through two links upwards there are as many ways to each as the system's bound on links lets be."""
+    monkeypatch.chdir(tmp_path)
+    for link in ("a/up", "b/up"):
+        (folders / link).symlink_to(folders)
+    (folders / "a" / "circle").symlink_to("circle")
+    (folders / "a" / ".hidden.png").write_bytes(png())
+    (folders / "[b]").mkdir()
+    (folders / "[b]" / "12.png").write_bytes(png())
+    found = find_pictures([name, "photos/b", "photos/a/up/b/*.png"])
+    assert sorted(int(path.stem) for path in found) == list(range(13))
+    assert {path.parent for path in found} == {folders.relative_to(tmp_path) / folder for folder in ("a", "b", "[b]")}
+    assert find_pictures([str(tmp_path / name)]) == [tmp_path / path for path in find_pictures([name])]
+
+
+@pytest.fixture
+def deep(folders, monkeypatch):
+    """More folders in each other than Python calls functions in each other; gone before pytest would remove them."""
+    monkeypatch.chdir(folders / "a")
+    for _ in range(1100):
+        os.mkdir("d")  # noqa: PTH102 (paths that can't be absolute)
+        os.chdir("d")
+    yield folders
+    for _ in range(1100):
+        os.chdir("..")
+        os.rmdir("d")  # noqa: PTH106
+
+
+@pytest.mark.slow
+def test_a_thousand_folders_in_each_other(deep):
+    assert len(find_pictures([str(deep)])) == len(find_pictures([f"{deep}/**/*.png"])) == 12
+    assert sum(own(deep).class_counts) + len(own(deep).test) == 12
 
 
 def test_class_folder_may_lie_elsewhere(folders, tmp_path):
