@@ -115,7 +115,15 @@ CHANGES = {
         "optim.lr": 0.02,
         "optim.weight_decay": 2e-4,
     },
-    "cifar100_lt": {"data.label_column": "fine_label"},
+    "cifar100_lt": {
+        "data.label_column": "fine_label",
+        "loss.sup_reduction": "sum",
+        "optim.lr": 0.1,
+        "optim.nesterov": True,
+        "optim.weight_decay": 0.0002,
+        "optim.warmup_epochs": 5.0,
+    },
+    "cifar100_lt_printed": {"data.label_column": "fine_label"},
     "cifar100_lt_16px": {
         "data.label_column": "fine_label",
         "model.architecture": "resnet20_cifar",
@@ -177,6 +185,7 @@ def test_recipe_files(file):
     ("name", "num_classes", "largest", "total"),
     [
         ("cifar100_lt", 100, 500, 10_847),
+        ("cifar100_lt_printed", 100, 500, 10_847),
         ("cifar100_lt_16px", 100, 500, 10_847),
         ("cifar10_lt", 10, 5000, 12_406),
         ("cifar10_lt_small", 10, 5000, 1_236),
