@@ -14,6 +14,7 @@ other machines, need no run folder.
 
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -165,6 +166,11 @@ class Run:
     def first(self) -> "Run":
         """The teacher, its teacher's if it has one, or the run itself."""
         return self.teacher.first if self.teacher else self
+
+    @property
+    def pictures(self) -> tuple[Any, ...]:
+        """The same for all runs of a command that have the same pictures."""
+        return self.recipe, *(change for change in self.cell.changes if change[0].startswith("data."))
 
     def folder(self, args: Namespace) -> RunFolder:
         """Where it is trained."""
@@ -358,11 +364,36 @@ def missing_runs(args: Namespace, runs: Iterable[Run]) -> list[Run]:
     return list(dict.fromkeys(needed for run in absent for needed in with_teachers(run)))
 
 
-def carry_out(args: Namespace, runs: Sequence[Run]) -> list[Run]:
+def bring_features(args: Namespace, run: Run, others: Iterable[Run]) -> None:
+    """Give a run that begins the features that another one on the same pictures keeps; it sees itself if they fit."""
+    folder = run.folder(args)
+    kept = (other.folder(args).features_file for other in others if other.pictures == run.pictures)
+    if not folder.path.exists() and (file := next(filter(Path.is_file, kept), None)):
+        folder.path.mkdir(parents=True)
+        try:
+            folder.features_file.hardlink_to(file)
+        except OSError:  # of a file system without links
+            shutil.copyfile(file, folder.features_file)
+
+
+def carry_out(args: Namespace, runs: Sequence[Run], others: Iterable[Run]) -> list[Run]:
     """Train runs, so many at once and each after its teacher; returns those that failed.
 
-    SIGTERM and Ctrl-C stop all of them, each with a checkpoint, and end the program.
+    Of runs that train on kept features, one computes them for all with the same pictures. SIGTERM and Ctrl-C stop all
+    runs, each with a checkpoint, and end the program.
+
+    Args:
+        args: flags.
+        runs: to train.
+        others: that may have features of the same pictures.
     """
+
+    def ready(run: Run) -> bool:
+        computing = run.recipe in args.keeping and any(
+            run.pictures == child.pictures and not child.folder(args).features_file.exists() for child in children
+        )
+        return not computing and run.teacher not in waiting and run.teacher not in children
+
     waiting, children, failed, stopping = list(runs), {}, [], False
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if args.parallel > 1 else {})
     with StopRequest() as stop:
@@ -377,11 +408,12 @@ def carry_out(args: Namespace, runs: Sequence[Run]) -> list[Run]:
                 print(f"{run}: left out, since its teacher failed", flush=True)
                 waiting.remove(run)
                 failed.append(run)
-            ready = [run for run in waiting if run.teacher not in waiting and run.teacher not in children]
-            for run in ready[: args.parallel - len(children)]:
-                print(run, flush=True)
-                waiting.remove(run)
-                children[run] = start(args, run, environment)
+            for run in list(waiting):
+                if len(children) < args.parallel and ready(run):
+                    print(run, flush=True)
+                    waiting.remove(run)
+                    bring_features(args, run, others)
+                    children[run] = start(args, run, environment)
             time.sleep(POLL)
             for run in [run for run, child in children.items() if child.poll() is not None]:
                 code = children.pop(run).returncode
@@ -557,6 +589,8 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     args = parse(argv)
     tables_of: dict[str, list[tuple[Cell, dict[str, str]]]] = {}
     refused: dict[str, dict[Cell, str]] = {}
+    cells_of: dict[str, list[Cell]] = {}
+    args.keeping = set()  # recipes of which features are kept
     for file in args.recipes:
         try:
             recipe = Recipe.from_file(file)
@@ -569,8 +603,11 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
             sys.exit(
                 f"error: unknown cells {', '.join(sorted(unknown))}; choose from {', '.join(dict.fromkeys(names))}"
             )
+        cells_of[file.stem] = [cell for cell, _ in rows]
         rows = [(cell, head) for cell, head in rows if not args.cells or cell.name in args.cells]
         whole = read_recipe(file, args.flags)
+        if whole.model.tune == "head":
+            args.keeping.add(file.stem)
         reasons = {cell: refusal(cell, whole) for cell, _ in rows}
         refused[file.stem] = {cell: reason for cell, reason in reasons.items() if reason}
         for cell, reason in refused[file.stem].items():
@@ -599,7 +636,8 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
             print(f"{run}: {f'{state}{after}{again}' if run in missing else 'finished'}")
         print(time_left(args, missing))
         return []
-    failed = carry_out(args, missing)
+    every = [Run(name, cell, seed) for seed, (name, cells) in product(args.seeds, cells_of.items()) for cell in cells]
+    failed = carry_out(args, missing, every)
     written = [path for name, rows in tables_of.items() if (path := render(args, name, rows, refused[name]))]
     if failed:
         sys.exit(f"error: these runs failed, their messages are above: {', '.join(map(str, failed))}")

@@ -383,6 +383,56 @@ def test_so_many_runs_at_once(tmp_path, tiny, monkeypatch):
     assert max(most) == 2
 
 
+def test_kept_features_are_computed_once_for_all_cells(tmp_path, tiny, monkeypatch):
+    """The second run waits until the first one has them, and the others get them."""
+    (tmp_path / "tiny.yaml").write_text("method: bc\nmodel: {tune: head, pretrained: true, num_experts: 1}\n")
+    order, had = [], {}
+
+    class Child:
+        def __init__(self, command, **_):
+            [(self.method, _)] = order_of([command])
+            self.folder = Path(command[command.index("--output_dir") + 1])
+            order.append(self.method)
+            had[self.method] = (self.folder / "features.safetensors").exists()
+            self.looks, self.returncode = 4, 0
+
+        def poll(self):
+            self.looks -= 1
+            if self.looks == 2 and not had[self.method]:
+                assert order == [self.method]  # nobody else has begun
+                self.folder.mkdir(parents=True)
+                (self.folder / "features.safetensors").write_text(self.method)
+            return None if self.looks else 0
+
+    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(Popen=Child, STDOUT=None))
+    monkeypatch.setattr(reproduce, "POLL", 0)
+    argv = ["methods", *tiny, "--seeds", "0", "--parallel=3", "--cells"]
+    with pytest.raises(SystemExit, match="no finished run"):  # the children do nothing
+        reproduce.main([*argv, "ce", "crt", "ncm"])
+    first = order[0]
+    assert had == {name: name != first for name in ("ce", "crt", "ncm")}
+    with pytest.raises(SystemExit, match="no finished run"):
+        reproduce.main([*argv, "tde"])  # of other cells than those that kept them
+    assert had["tde"]
+    kept = list((tmp_path / "runs/tiny").glob("*/seed0/features.safetensors"))
+    assert [file.read_text() for file in kept] == [first] * 4
+    assert len({file.stat().st_ino for file in kept}) == 1
+
+
+def test_features_of_other_pictures_are_not_given(tmp_path):
+    args, gamma = SimpleNamespace(runs_dir=tmp_path), (("data.imbalance_factor", 50, "gamma50"),)
+    first, other, same = (
+        reproduce.Run("tiny", reproduce.Cell(method, "mean", changes), 0)
+        for method, changes in (("ce", gamma), ("bc", ()), ("bc", (*gamma, ("model.num_experts", 1, ""))))
+    )
+    first.folder(args).path.mkdir(parents=True)
+    first.folder(args).features_file.write_text("features")
+    for run in (other, same):
+        reproduce.bring_features(args, run, [first, other, same])
+    assert not other.folder(args).path.exists()
+    assert same.folder(args).features_file.read_text() == "features"
+
+
 @pytest.mark.slow
 def test_stopped_runs_go_on(tmp_path, tiny):
     """SIGTERM reaches the runs that are going on, and the same command takes them up again."""
