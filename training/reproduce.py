@@ -36,6 +36,7 @@ from ecl_hf.flags import FlagParser
 from ecl_hf.learning.stages import check_stages
 from ecl_hf.learning.tuning import check_kept_features
 from ecl_hf.methods import METHODS
+from ecl_hf.publishing.words import tested_epoch
 from ecl_hf.runs.folder import RunFolder, read_results, write_atomically
 from ecl_hf.runs.interruption import STOPPED, StopRequest
 from ecl_hf.runs.recipe import Recipe, prepare_flags
@@ -498,7 +499,8 @@ def render(
     if differing:
         sys.exit(f"error: the runs of {recipe_name} have different recipes: {differing}")
     heads = {cell.name: head for cell, head in rows}
-    lines = ["Accuracy and calibration error of the last epoch in %, mean ± sample standard deviation over seeds."]
+    epoch = tested_epoch(every[0])
+    lines = [f"Accuracy and calibration error of {epoch} in %, mean ± sample standard deviation over seeds."]
     if args.target in ("comparison", "shared_stages"):
         table = tables.comparison_rows(results)
     elif args.target == "methods":

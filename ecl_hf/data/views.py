@@ -1,4 +1,4 @@
-"""The paper's three views of a picture (Sec. VI-C): supervised, contrastive, evaluation.
+"""Views of a picture: the paper's supervised, contrastive and evaluation view (Sec. VI-C), and those of older methods.
 
 Each takes an RGB PIL image and returns a normalised tensor [3, S, S]. Sizes are the published ones at 32 and 224 pixels
 and scale with the input at others: padding S / 8, Cutout S / 2.

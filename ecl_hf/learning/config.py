@@ -120,7 +120,10 @@ class OptimConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """How the run is carried out; none of it is meant to change the result."""
+    """How the run is carried out: what it saves, when it stops, what it does with steps that can't be taken.
+
+    Accumulation, and what saves memory or time, are not meant to change the result.
+    """
 
     gradient_accumulation_steps: int = 1
     """Micro-batches of one optimiser step; `batch_size` counts all of them."""

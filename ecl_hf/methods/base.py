@@ -231,8 +231,9 @@ class Trains:
     """Which parameters a stage moves. What stays is in evaluation mode.
 
     Attributes:
-        parameters: whether a parameter of the task moves, by its name: `model.trunk.`, `model.experts.K.backbone.`,
-            `model.experts.K.head.`, `references.`, `projectors.`, `parts.TERM.`.
+        parameters: whether a parameter of the task moves, by its name: `model.trunk.`, `model.sides.K.`,
+            `model.experts.K.backbone.`, `model.experts.K.head.`, `model.router.`, `references.K.`, `projectors.K.`,
+            `parts.TERM.`.
         statistics: BatchNorm layers that stay keep counting (their running statistics move to the stage's sampler).
     """
 

@@ -28,5 +28,5 @@ def tested_part(data: Mapping[str, Any]) -> str:
 
 def tested_epoch(results: Mapping[str, Any]) -> str:
     """After which epoch the published model was taken, from the content of `results.json`."""
-    chosen = results["recipe"]["data"].get("val_fraction") and results.get("finished", True)
+    chosen = results["recipe"].get("data", {}).get("val_fraction") and results.get("finished", True)
     return "the epoch that was the best on validation pictures" if chosen else "the last epoch"

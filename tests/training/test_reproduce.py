@@ -494,6 +494,12 @@ def test_table_of_methods_has_accuracy_beside_cost(tmp_path, tiny):
         reproduce.main(["methods", *tiny, "--render_only", "--seeds", "0", "1"])
 
 
+def test_table_says_which_epoch_was_tested(tmp_path, tiny):
+    place(tmp_path / "tiny", "bc", made_up(0, data={"val_fraction": 0.1}))
+    (page,) = reproduce.main(["comparison", *tiny, "--render_only", "--seeds", "0"])
+    assert "of the epoch that was the best on validation pictures in %" in page.read_text()
+
+
 def test_older_results_have_the_default_of_newer_settings():
     old, new = made_up(0), made_up(1, loss={"queue_size": 1024})
     assert tables.differing_settings([old, new]) == set()
