@@ -11,8 +11,11 @@ import numpy as np
 
 from ecl_hf.files import read_object, read_text
 
-MAX_LIST = 1 << 30
-"""Bytes of a list; that of iNaturalist has a tenth."""
+MAX_JSON = 1 << 27
+"""Bytes of a list in JSON; that of iNaturalist 2018 has 120 million, lists of lines have fewer than `MAX_TEXT`."""
+
+DIGITS = 6
+"""Of a label: no model has more classes."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,8 @@ class PictureList:
 def read_list(file: Path) -> PictureList:
     """Read lines "path label", or JSON with `images`, `annotations` and `categories`; ValueError: a wrong entry."""
     if file.suffix == ".json":
-        return _read_json(file, read_object(file, MAX_LIST))
-    return _read_lines(file, read_text(file, MAX_LIST))
+        return _read_json(file, read_object(file, MAX_JSON))
+    return _read_lines(file, read_text(file))
 
 
 def _read_lines(file: Path, text: str) -> PictureList:
@@ -38,8 +41,10 @@ def _read_lines(file: Path, text: str) -> PictureList:
         if not line.strip():
             continue
         path, _, label = line.strip().rpartition(" ")
-        if not path or not label.isdecimal():
-            raise ValueError(f"{file}, line {number}: expected a path and a label, got {line[:80]!r}")
+        if not path or not label.isdecimal() or len(label) > DIGITS:
+            raise ValueError(
+                f"{file}, line {number}: expected a path and a label of up to {DIGITS} digits, got {line[:80]!r}"
+            )
         paths.append(path.strip())
         labels.append(int(label))
     if not paths:
@@ -54,6 +59,8 @@ def _read_json(file: Path, content: dict) -> PictureList:
         label = {entry["image_id"]: number[entry["category_id"]] for entry in content["annotations"]}
         paths = [entry["file_name"] for entry in content["images"]]
         labels = np.array([label[entry["id"]] for entry in content["images"]], np.int64)
+        if strange := [path for path in paths if not isinstance(path, str)]:
+            raise TypeError(f"a file_name of text, but {strange[0]}")
     except (KeyError, TypeError) as error:
         raise ValueError(f"{file}: an image, annotation or category lacks or does not know {error}") from error
     if len(content["annotations"]) != len(paths):

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from ecl_hf.data.config import DataConfig
 from ecl_hf.data.pictures import content, lies_outside
 from ecl_hf.data.sources import Source, labels_of
-from ecl_hf.files import read_bytes, read_json
+from ecl_hf.files import MAX_TEXT, read_bytes, read_json
 from ecl_hf.names import listed, printable
 
 PROTOCOL = ("profile", "imbalance_factor", "max_count", "split_seed", "test_fraction", "group_column")
@@ -33,9 +33,6 @@ LAYOUT = ("subset", "train_split", "test_split", "image_column", "label_column")
 """Keys that say where in the source they are."""
 
 PARTS = ("train", "test")
-MAX_LIST = 1 << 30
-"""Bytes of a list of rows."""
-
 SHARD, ROW_GROUP = 5000, 100
 """Pictures of one parquet file, and of the part of it that is read at once."""
 
@@ -121,11 +118,11 @@ class Split:
             file = self.path / f"{part}_rows.txt"
             if not file.is_file():
                 raise FileNotFoundError(f"{file} is missing")
-            text = read_bytes(file, MAX_LIST)
+            text = read_bytes(file, MAX_TEXT)
             if hashlib.sha256(text).hexdigest() != self.record["parts"][part]["sha256"]:
                 raise ValueError(f"{file} was changed: its SHA-256 is not the one in split.json")
             listed, images = text.split(), self.record["source"][part]["images"]
-            if not all(line.isdigit() for line in listed):
+            if not all(line.isdigit() and len(line) < 19 for line in listed):  # else beyond 64 bits
                 raise ValueError(f"{file} has lines that are no positions")
             rows[part] = np.array(listed, np.int64)
             if np.any(np.diff(rows[part]) <= 0) or np.any(rows[part] >= images):

@@ -180,6 +180,14 @@ def damage_line(root):
     file.write_text(file.read_text().replace("n02012849_11.JPEG 1", "n02012849_11.JPEG one"))
 
 
+def absurd(label):
+    def harm(root):
+        with (root / "ImageNet_LT_train.txt").open("a") as file:
+            file.write(f"train/n02012849/n02012849_11.JPEG {label}\n")
+
+    return harm
+
+
 def cut(root):
     file = root / "ImageNet_LT_train.txt"
     file.write_text(file.read_text()[:-2])
@@ -214,6 +222,10 @@ def two_lists(root):
         (drop_line, ValueError, ["ImageNet_LT_train.txt", "class 1 (crane (1)) has 2", "but 3", "7 of 8 pictures"]),
         (relabel, ValueError, ["ImageNet_LT_test.txt", "class 0 (tench) has 1", "but 2", "2 such classes"]),
         (damage_line, ValueError, ["ImageNet_LT_train.txt, line 6", "'train/n02012849/n02012849_11.JPEG one'"]),
+        (absurd(300_000_000), ValueError, ["ImageNet_LT_train.txt, line 9", "up to 6 digits", "11.JPEG 300000000"]),
+        (absurd(2**63), ValueError, ["ImageNet_LT_train.txt, line 9", "up to 6 digits"]),
+        (absurd("9" * 5000), ValueError, ["ImageNet_LT_train.txt, line 9", "up to 6 digits"]),
+        (absurd(999_999), ValueError, ["ImageNet_LT_train.txt: class 999999 has 1 pictures, but 0", "1 such"]),
         (cut, ValueError, ["ImageNet_LT_train.txt, line 8"]),
         (no_text, ValueError, ["ImageNet_LT_test.txt", "no text file"]),
         (empty, ValueError, ["ImageNet_LT_test.txt", "no pictures"]),
@@ -242,6 +254,7 @@ def edit(root, change, file="train2018.json"):
         (lambda c: c["annotations"].pop(), r"train2018\.json.*lacks or does not know"),
         (lambda c: c["annotations"].append(c["annotations"][0]), r"train2018\.json has 9 annotations for 8 images"),
         (lambda c: c["categories"].pop(0), r"train2018\.json.*lacks or does not know 30"),
+        (lambda c: c["images"][0].update(file_name=7), r"train2018\.json.*lacks or does not know a file_name of text"),
         (lambda c: c.pop("images"), r"train2018\.json.*'images'"),
         (lambda c: c["annotations"][0].update(category_id=7), r"class 0 \(Apis mellifera\) has 5 pictures, but 4"),
         (lambda c: c["categories"][0].update(name="Zea"), r"val2018\.json has other categories than .*train2018\.json"),

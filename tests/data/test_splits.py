@@ -162,6 +162,7 @@ def replace_list(split, text):
     [
         ("1\ntwo\n", "lines that are no positions"),
         ("1\n-2\n", "lines that are no positions"),
+        (f"1\n{10**19}\n", "lines that are no positions"),
         ("1\n3\n2\n", "must ascend"),
         ("1\n1\n", "must ascend"),
         ("1\n31\n", "less than the source's 31 pictures"),
