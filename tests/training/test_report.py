@@ -309,6 +309,7 @@ def test_strange_names_are_readable_and_do_nothing(strange, monkeypatch, capsys)
     assert {"class 1 (299)", "class 2 (179)", "class 3 (107)"} <= set(comments)
     assert "פלנקטון (38)" in comments or "38" in drawn
     assert len({comment for comment in comments if comment.startswith("aaa")}) == 2
+    assert any("hidden" in comment for comment in comments)  # all but its control characters
     drawings = list((strange / "figures").glob("*.svg"))
     assert drawings
     for drawing in drawings:  # a browser shows nothing of one with a control character

@@ -258,6 +258,27 @@ def test_finished_run_is_reported_again_and_not_touched(tmp_path, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in (run / "model").iterdir()}
 
 
+@pytest.mark.slow
+def test_damaged_model_of_a_finished_run_is_written_again(tmp_path, capsys):
+    flags = ["--method=ce", "--model.num_experts=1", "--epochs=1"]
+    run = train(tmp_path / "run", *flags)
+    whole = {key: value.clone() for key, value in weights(run).items()}  # not what the damaged file holds
+    tested = json.loads((run / "results.json").read_text())["test"]
+    file = run / "model" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    capsys.readouterr()
+    train(run, *flags, "--resume")
+    said = capsys.readouterr().out
+    assert "the model of the finished run is not whole" in said
+    assert "model.safetensors is damaged; it is written again from the last checkpoint" in said
+    assert all(torch.equal(whole[key], value) for key, value in weights(run).items())
+    assert json.loads((run / "results.json").read_text())["test"] == tested
+    train(run, *flags, "--resume")
+    assert "finished already" in capsys.readouterr().out
+
+
 def test_non_finite_loss_stops_the_run_and_names_the_terms(tmp_path):
     with pytest.raises(SystemExit, match=r"step 2 .*supervision is (nan|inf).* training pictures \[\d+(, \d+){15}\]"):
         train(tmp_path / "run", "--method=bc", "--optim.lr=1e30")
