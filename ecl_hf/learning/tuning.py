@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecl_hf.backbones import AdaptFormer, adaptable_blocks, add_adapters
-from ecl_hf.files import replacing
+from ecl_hf.files import check_regular, replacing
 from ecl_hf.heads import ECLCosineHead
 from ecl_hf.learning.config import ModelConfig
 from ecl_hf.learning.low_rank import LowRank, add_low_rank, find_layers
@@ -212,11 +212,12 @@ def encode(
 def read_features(file: Path, fingerprint: str) -> dict[str, Tensor] | None:
     """Kept tensors, if the file is whole and has this fingerprint, of pictures, views and encoder; else None."""
     try:
+        check_regular(file)
         with safe_open(file, "pt") as kept:
             if (kept.metadata() or {}).get("fingerprint") != fingerprint:
                 return None
             return {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118 (no iterator)
-    except (OSError, SafetensorError):
+    except (OSError, ValueError, RuntimeError, SafetensorError):  # RuntimeError: it can't be mapped
         return None
 
 

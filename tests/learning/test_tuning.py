@@ -1,5 +1,7 @@
 """What of a model moves, and how heads start."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -72,6 +74,18 @@ def test_kept_features_are_read_whole_or_not_at_all(tmp_path):
     assert read_features(file, "b") is None  # other pictures, or another encoder
     file.write_bytes(file.read_bytes()[:-9])
     assert read_features(file, "a") is None
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: (path.touch(), os.truncate(path, 1 << 40))],
+)
+def test_what_is_no_file_of_features_gives_way_to_one(odd, tmp_path):
+    file = tmp_path / "features.safetensors"
+    odd(file)
+    assert read_features(file, "a") is None
+    write_features(file, {"features": torch.ones(2)}, "a")
+    assert torch.equal(read_features(file, "a")["features"], torch.ones(2))
 
 
 def test_features_that_are_not_finite_are_refused():
