@@ -93,10 +93,7 @@ def _decode(record: dict[str, Any] | None, max_pixels: int) -> Image.Image:
         if not file:
             raise ValueError("empty file")
         with _opened(file) as image:
-            if image.width * image.height > max_pixels:
-                raise ValueError(f"{image.width} x {image.height} pixels are more than data.max_pixels, {max_pixels}")
-            if max(image.size) > MAX_RATIO * min(image.size):
-                raise ValueError(f"{image.width} x {image.height}: a side is more than {MAX_RATIO} times the other")
+            check_size(image, max_pixels)
             return to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
         raise ValueError("no picture, or of an unknown format") from None
@@ -106,6 +103,14 @@ def _decode(record: dict[str, Any] | None, max_pixels: int) -> Image.Image:
         said = str((isinstance(error, OSError) and error.strerror) or error)
         said = said.removeprefix(f"{(record or {}).get('path')} ")
         raise ValueError(" ".join(said.split()) or type(error).__name__) from None
+
+
+def check_size(image: Image.Image, max_pixels: int = MAX_PIXELS) -> None:
+    """Refuse a picture that would fill the memory, here or when it is enlarged; ValueError says why."""
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than data.max_pixels, {max_pixels}")
+    if max(image.size) > MAX_RATIO * min(image.size):
+        raise ValueError(f"{image.width} x {image.height}: a side is more than {MAX_RATIO} times the other")
 
 
 @contextmanager

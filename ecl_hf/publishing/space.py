@@ -4,6 +4,7 @@ A Space is a folder with `app.py`, `requirements.txt`, `README.md`, the model in
 """
 
 import csv
+import io
 import shutil
 from collections.abc import Sequence
 from importlib.resources import files
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING
 import jinja2
 import torch
 from huggingface_hub import CommitInfo, HfApi
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from transformers import AutoImageProcessor
 
 from ecl_hf.configuration_ecl import ECLConfig
-from ecl_hf.data.pictures import content, defect
+from ecl_hf.data.pictures import check_size, content, defect
+from ecl_hf.files import read_text
 from ecl_hf.modeling_ecl import ECLForImageClassification
 from ecl_hf.repository import explain_hub_errors
 
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
     import gradio
 
 TEMPLATES = Path(str(files("ecl_hf.hub_cards") / "space"))
+
+
+MAX_FREQUENCIES = 1 << 22
+"""Bytes of a file with class frequencies, which a visitor of the page may upload."""
 
 
 class Classifier:
@@ -58,22 +64,23 @@ class Classifier:
 
     def _read_prior(self, file: Path) -> list[float]:
         found: dict[str, float] = {}
-        with file.open(newline="", encoding="utf-8-sig") as lines:
-            for number, row in enumerate(csv.reader(lines), 1):
-                if not row or (number == 1 and row == ["class", "frequency"]):
-                    continue
-                name, frequency = (cell.strip() for cell in row) if len(row) == 2 else (None, "")
-                try:
-                    value = float(frequency)
-                except ValueError:
-                    value = -1.0
-                if not 0 <= value < float("inf"):
-                    raise ValueError(f"line {number} of {file.name} must be a class and its frequency, 0 or more")
-                if name not in self.names or name in found:
-                    raise ValueError(
-                        f"line {number} of {file.name}: {name!r} is no class of the model, or stands twice"
-                    )
-                found[name] = value
+        try:
+            rows = list(csv.reader(io.StringIO(read_text(file, MAX_FREQUENCIES).removeprefix("\ufeff"), newline="")))
+        except csv.Error as error:
+            raise ValueError(f"{file.name} is no CSV file: {error}") from error
+        for number, row in enumerate(rows, 1):
+            if not row or (number == 1 and row == ["class", "frequency"]):
+                continue
+            name, frequency = (cell.strip() for cell in row) if len(row) == 2 else (None, "")
+            try:
+                value = float(frequency)
+            except ValueError:
+                value = -1.0
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"line {number} of {file.name} must be a class and its frequency, 0 or more")
+            if name not in self.names or name in found:
+                raise ValueError(f"line {number} of {file.name}: {name!r} is no class of the model, or stands twice")
+            found[name] = value
         if not sum(found.values()):
             raise ValueError(f"{file.name} gives no class a frequency above 0")
         return [found.get(name, 0.0) for name in self.names]
@@ -90,10 +97,14 @@ class Classifier:
             flip: average the picture and its mirror image.
             target_prior: frequency of each class where the picture comes from, [C].
 
+        Raises:
+            ValueError: it is too large, or too long for its width.
+
         Returns:
             Probabilities of the best classes by name, best first; for each expert its number, best class and that
             class's probability; the experts' disagreement in nats.
         """
+        check_size(image)
         pixels = self.processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
         plain = self.model(pixels, flip=flip)
         output = plain if target_prior is None else self.model(pixels, flip=flip, target_prior=list(target_prior))
@@ -120,6 +131,7 @@ def build_app(folder: Path) -> "gradio.Blocks":
         import gradio as gr
     except ImportError as error:
         raise ImportError("the page needs pip install 'ecl-hf[space]'") from error
+    EpsImagePlugin.gs_binary = False  # else Pillow, which gradio opens pictures with, starts Ghostscript for some
     classifier = Classifier(folder / "model")
     examples = sorted(str(path) for path in (folder / "examples").glob("*") if path.is_file())
 
@@ -130,9 +142,9 @@ def build_app(folder: Path) -> "gradio.Blocks":
             raise gr.Error("Choose a picture first.")
         try:
             prior = classifier.prior(strength, file)
+            scores, rows, differ = classifier.classify(image, int(top_k), flip, prior)
         except (ValueError, OSError) as error:
             raise gr.Error(str(error)) from error
-        scores, rows, differ = classifier.classify(image, int(top_k), flip, prior)
         alone = len(rows) == 1
         return scores, rows, "" if alone else f"The experts differ by {differ:.3f} nats; 0 means that they agree."
 

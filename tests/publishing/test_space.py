@@ -101,6 +101,18 @@ def test_a_wrong_file_of_frequencies_is_named(folder, tmp_path, text, said):
         Classifier(folder / "model").prior(0, str(tmp_path / "x.csv"))
 
 
+@pytest.mark.parametrize("content", [b"caf\xe9", b'"' + b"x" * 200_000, b"wolf,1\n" * 1_000_000])
+def test_a_file_of_a_visitor_that_is_no_table_is_named(folder, tmp_path, content):
+    (tmp_path / "x.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.csv (is no|has)"):
+        Classifier(folder / "model").prior(0, str(tmp_path / "x.csv"))
+
+
+def test_a_picture_that_would_fill_the_memory_is_refused(folder):
+    with pytest.raises(ValueError, match="1 x 300: a side is more than 100 times the other"):
+        Classifier(folder / "model").classify(Image.new("RGB", (1, 300)))
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [(["--output=x"], "goes with none of"), (["--push"], "--push needs"), (["--onnx"], "goes with none")],
