@@ -437,6 +437,8 @@ def start(args: Namespace, run: Run, environment: dict[str, str]) -> subprocess.
     if args.parallel == 1:
         return subprocess.Popen(command)
     run.log(args).parent.mkdir(parents=True, exist_ok=True)
+    if run.log(args).is_symlink():  # it could lead to any file
+        run.log(args).unlink()
     with run.log(args).open("ab") as output:
         return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
 

@@ -525,3 +525,14 @@ def test_committed_tables_are_those_of_the_committed_results(tmp_path, target):
     for suffix in (".md", ".csv"):
         committed = ROOT / "training/results/cifar10_lt_small" / page.with_suffix(suffix).name
         assert page.with_suffix(suffix).read_text() == committed.read_text()
+
+
+def test_output_of_a_training_follows_no_link(tmp_path, monkeypatch):
+    (tmp_path / "precious").write_text("years of work")
+    (tmp_path / "x.log").symlink_to(tmp_path / "precious")
+    run = SimpleNamespace(log=lambda _: tmp_path / "x.log", flags=lambda _: [])
+    monkeypatch.setattr(reproduce.subprocess, "Popen", lambda *_, stdout, **__: stdout.write(b"said"))
+    for _ in range(2):
+        reproduce.start(SimpleNamespace(parallel=2), run, {})
+    assert (tmp_path / "precious").read_text() == "years of work"
+    assert (tmp_path / "x.log").read_text() == "saidsaid"
