@@ -1,4 +1,4 @@
-"""Views of a picture: the paper's supervised, contrastive and evaluation view (Sec. VI-C), and those of older methods.
+"""Views of a picture: the paper's supervised, contrastive and evaluation view (Sec. VI-C), and those of other methods.
 
 Each takes an RGB PIL image and returns a normalised tensor [3, S, S]. Sizes are the published ones at 32 and 224 pixels
 and scale with the input at others: padding S / 8, Cutout S / 2.
