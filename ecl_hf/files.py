@@ -30,12 +30,16 @@ def opening(path: str | Path, most: int | None = None) -> Iterator[BinaryIO]:
     """
     # Without O_NONBLOCK the opening of a pipe that nobody writes to would wait for ever
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(found.st_mode):  # before a file is made of it, whose error would not name a directory
             raise ValueError(f"{path} is no regular file")
         if most is not None and found.st_size > most:
             raise ValueError(f"{path} has {found.st_size} bytes; more than {most} are not read")
+    except ValueError:
+        os.close(descriptor)
+        raise
+    with os.fdopen(descriptor, "rb") as file:
         yield file
 
 

@@ -16,12 +16,19 @@ from PIL import Image
 
 from ecl_hf.data.config import DataConfig
 from ecl_hf.data.pictures import FORMATS
+from ecl_hf.files import opening
 from ecl_hf.names import listed, printable
 
 PICTURES = frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS)
 SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
 TABLES = (".parquet", ".arrow", "metadata.csv", "metadata.jsonl")
 """Endings of files that say themselves what the classes are."""
+
+TEXTS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".md", ".yaml", ".xml")
+"""Endings of files that `datasets` reads whole."""
+
+MAX_TABLE = 1 << 29
+"""Bytes of such a file: a line for each of five million pictures."""
 
 
 def find_pictures(names: Sequence[str]) -> list[Path]:
@@ -204,10 +211,19 @@ class Seen:
         self.folders[identity] = place
 
 
-def check_links(root: Path) -> None:
-    """Refuse a tree with a link that leads back into it, in which others would walk for ever."""
+def check_tree(root: Path) -> None:
+    """Refuse a tree in which others would walk for ever, or read a table that never ends; ValueError names the place.
+
+    They themselves leave out pipes and devices, but for the one hidden file that they look at.
+    """
     seen = Seen(root.resolve().parents)
-    seen.files(root)
+    for file in seen.files(root):
+        if file.endswith(TEXTS) and Path(file).is_file():
+            with opening(file, MAX_TABLE):
+                pass
+    if (settings := root / ".huggingface.yaml").exists():
+        with opening(settings, MAX_TABLE):
+            pass
 
 
 def _identity(folder: str | Path) -> tuple[int, int]:

@@ -17,8 +17,9 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from ecl_hf.data.config import DataConfig
-from ecl_hf.data.folders import check_links, read_class_folders
+from ecl_hf.data.folders import check_tree, read_class_folders
 from ecl_hf.data.longtail import longtail_indices
+from ecl_hf.files import check_regular, read_entries, read_object
 from ecl_hf.names import listed, printable
 
 
@@ -71,8 +72,9 @@ def read_in_place(config: DataConfig) -> Source | None:
         return None
     root = directory(config)
     if any((root / file).is_file() for file in ("dataset_dict.json", "state.json")):
+        check_saved(root)
         with reading(config.path):
-            saved = datasets.load_from_disk(config.path)
+            saved = datasets.load_from_disk(config.path).with_format(None)
         loaded = _wanted(saved if isinstance(saved, dict) else {config.train_split: saved}, config)
         return _source(config, loaded, {}, (root,))
     if (found := read_class_folders(root, config)) is None:
@@ -86,6 +88,30 @@ def read_in_place(config: DataConfig) -> Source | None:
         )
     choose_columns(splits["train"].features, config, config.path)
     return Source(config.path, splits["train"], splits.get("test"), class_names, folders=(root,))
+
+
+def check_saved(root: Path) -> None:
+    """Refuse what `save_to_disk` did not write, and its reader would wait for, stumble over or look for elsewhere.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: a file is not regular, too large, or not what it should be; the message names it.
+    """
+    parts, listed = [root], root / "dataset_dict.json"
+    if listed.is_file() and not (root / "state.json").is_file():
+        names = read_entries(listed, {"splits": list}, "list of splits")["splits"]
+        parts = [_inside(root, name, listed) for name in names]
+    for part in parts:
+        read_object(part / "dataset_info.json")
+        state = part / "state.json"
+        for entry in read_entries(state, {"_data_files": list}, "description of a split")["_data_files"]:
+            check_regular(_inside(part, entry.get("filename") if isinstance(entry, dict) else None, state))
+
+
+def _inside(folder: Path, name: object, said_by: Path) -> Path:
+    if not isinstance(name, str) or not name or Path(name).name != name:
+        raise ValueError(f"{said_by} names {repr(name)[:80]}, which is nothing beside it")
+    return folder / name
 
 
 def _source(
@@ -160,7 +186,7 @@ def open_builder(config: DataConfig) -> datasets.DatasetBuilder:
     """The reader of a Hub repository or local directory; ValueError names a link in which it would go in circles."""
     name = config.path or config.source
     if config.path:
-        check_links(Path(name))
+        check_tree(Path(name))
     with reading(name):
         return datasets.load_dataset_builder(str(Path(name).resolve()) if config.path else name, config.subset)
 
@@ -191,6 +217,10 @@ def reading(name: str) -> Iterator[None]:
     except (datasets.exceptions.DatasetsError, RuntimeError, ValueError) as e:  # scripts, damaged or empty files
         advice = "; set data.subset" if "Config name is missing" in str(e) else ""
         raise ValueError(f"can't read the data set {name}: {e.__cause__ or e}{advice}") from e
+    except (AttributeError, KeyError, TypeError) as e:  # of a description that is none
+        raise ValueError(f"can't read the data set {name}: {e!r}") from e
+    except OSError as e:
+        raise OSError(f"can't read the data set {name}: {e}") from e
 
 
 def stored_names(builder: datasets.DatasetBuilder, config: DataConfig) -> dict[str, list[str]]:

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import shutil
 import struct
 import sys
 import warnings
@@ -191,6 +192,64 @@ def test_tables_beside_a_link_upwards(streaming, tmp_path):
     (root / "up").symlink_to(".")
     with pytest.raises(ValueError, match=r"tables/up is the same folder as"):
         load(root, label_column="label", streaming=streaming)
+
+
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = {"image": [{"bytes": png(n), "path": None} for n in range(10)], "label": [n % 2 for n in range(10)]}
+    part = datasets.Dataset.from_dict(rows, features).with_format("torch")
+    datasets.DatasetDict(train=part, test=part).save_to_disk(tmp_path_factory.mktemp("saved") / "data")
+    return tmp_path_factory.getbasetemp() / "saved0" / "data"
+
+
+STATE, INFO, ARROW = "train/state.json", "train/dataset_info.json", "train/data-00000-of-00001.arrow"
+
+
+@pytest.mark.parametrize("odd", ODD_FILES.values(), ids=ODD_FILES)
+@pytest.mark.parametrize("name", [STATE, INFO, ARROW])
+def test_only_regular_files_of_a_saved_data_set_are_read(name, odd, on_disk, tmp_path):
+    root = shutil.copytree(on_disk, tmp_path / "data")
+    (root / name).unlink()
+    odd(root / name)
+    with pytest.raises((ValueError, OSError), match=f"{root}/{name} |can't read the data set {root}"):
+        load(root)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("dataset_dict.json", "{}"),
+        ("dataset_dict.json", "[]"),
+        ("dataset_dict.json", '{"splits": 7}'),
+        ("dataset_dict.json", '{"splits": ["train", "../data/test"]}'),
+        (STATE, "{}"),
+        (STATE, '{"_data_files": [7]}'),
+        (STATE, '{"_data_files": [{"filename": "/dev/zero"}]}'),
+        pytest.param(INFO, "[" * 100_000, id="deep"),
+        (INFO, "[]"),
+        (INFO, '{"features": 7}'),
+    ],
+)
+def test_descriptions_of_a_saved_data_set_that_are_none(name, text, on_disk, tmp_path):
+    assert load(on_disk).class_counts == [5, 5]
+    root = shutil.copytree(on_disk, tmp_path / "data")
+    (root / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{root}/{name} |can't read the data set {root}"):
+        load(root)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("odd", ["pipe", "device", "terabyte"])
+@pytest.mark.parametrize("name", [".huggingface.yaml", "metadata.csv", "README.md"])
+def test_tables_beside_what_never_ends(name, odd, streaming, tmp_path):
+    root = tables(tmp_path / "tables")
+    ODD_FILES[odd](root / name)
+    if name.startswith(".") or odd == "terabyte":
+        with pytest.raises(ValueError, match=rf"tables/{name} (is no regular file|has 109951\d+ bytes)"):
+            load(root, label_column="label", streaming=streaming)
+    else:
+        assert load(root, label_column="label", streaming=streaming).class_counts == [5, 5]
 
 
 def test_names_that_are_no_text_are_named(folders):
