@@ -13,7 +13,7 @@ CHECKSUMS = "SHA256SUMS"
 """File with the checksums of those beside it, as `sha256sum --check` reads them."""
 
 MAX_TEXT = 1 << 26
-"""Bytes of a text file: a configuration with names and counts of a million classes has fewer."""
+"""Bytes of a text file, where nobody knows better."""
 
 
 @contextmanager

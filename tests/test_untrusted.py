@@ -198,6 +198,12 @@ def test_deep_configuration_is_refused(repository):
         ECLForImageClassification.from_pretrained(repository)
 
 
+def test_large_configuration_is_not_read(repository):
+    edit(repository / "config.json", id2label={"0": "x" * 50_000_000})
+    with pytest.raises(ValueError, match=r"config\.json has 5000\d+ bytes; more than \d+ are not read"):
+        ECLForImageClassification.from_pretrained(repository)
+
+
 @pytest.mark.parametrize("load", LOADERS)
 @pytest.mark.parametrize(
     "text",
@@ -326,6 +332,11 @@ def test_weights_for_other_classes_are_refused_before_a_head_is_made(repository)
         ({"num_experts": 10**9}, "num_experts must lie in 1..64"),
         ({"num_experts": -1}, "num_experts"),
         ({"id2label": None, "label2id": None, "class_counts": None, "num_labels": 10**9}, "num_labels must be at most"),
+        ({"id2label": {str(c): "" for c in range(100_001)}, "label2id": None}, "id2label has more than 100000 entries"),
+        ({"class_counts": [1] * 100_001}, "class_counts has more than 100000 entries"),
+        ({"aggregation": [[1.0] * 100_000] * 3}, "aggregation has more than 300000 entries"),
+        ({"model_args": {"x": [{}] * 1000}}, "model_args has more than 1000 entries"),
+        ({"pretrained_cfg": {"input_size": [3, 8, 8], "x": [[]] * 1000}}, "pretrained_cfg has more than 1000 entries"),
         ({"architecture": "hf-hub:evil/model"}, "timm has no model named"),
         ({"architecture": "local-dir:/etc"}, "timm has no model named"),
         ({"model_args": {"pretrained": True}}, "model_args must not hold pretrained"),
