@@ -287,10 +287,35 @@ def test_row_without_a_picture_is_named_or_skipped(image, tmp_path):
 
 
 def build(root, output, *flags):
-    flags = ["--data.profile=as_is", *flags, "--pictures", f"--output={output}"]
+    return build_lists(root, output, *flags, "--pictures")
+
+
+def build_lists(root, output, *flags):
+    flags = ["--data.profile=as_is", *flags, f"--output={output}"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return data_script.main(["build", f"--data.path={root}", *flags])
+
+
+def test_row_without_a_picture_is_found_by_verify(tmp_path, capsys):
+    images = [{"bytes": png(n), "path": None} for n in range(9)] + [None]
+    root = tables(tmp_path / "tables", images)
+    build_lists(root, tmp_path / "split", "--data.label_column=label")
+    with pytest.raises(SystemExit, match="error: 0 differences, 2 broken pictures"):
+        data_script.main(["verify", str(tmp_path / "split"), f"--data.path={root}"])
+    assert "broken: test row 9 (source row 9): no picture in this row" in capsys.readouterr().out
+
+
+def test_picture_that_a_split_lost_is_found_by_verify(tmp_path, capsys):
+    root = tables(tmp_path / "tables")
+    split = build(root, tmp_path / "split", "--data.label_column=label")
+    [file] = (split.path / "data").glob("train-*")
+    table = pq.read_table(file)
+    column, kind = table.column_names.index("image"), table.schema.field("image")
+    pq.write_table(table.set_column(column, kind, pa.nulls(len(table), kind.type)), file)
+    with pytest.raises(SystemExit, match="error: 10 differences, 10 broken pictures"):
+        data_script.main(["verify", str(split.path), f"--data.path={root}"])
+    assert "differs: train row 3 (source row 3): not the source's picture" in capsys.readouterr().out
 
 
 @pytest.fixture
