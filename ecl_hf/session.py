@@ -185,8 +185,7 @@ class Session:
         set_seed(recipe.seed)
         counts, names = self.data.class_counts, self.data.class_names
         self.model = initialise_model(recipe.model, self.method, counts, names, recipe.loss)
-        # Averages, momentum copies and the optimizer's numbers are a few times the model's, queues less than the rest
-        run.most = (1 << 30) + 16 * sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        run.expect(self.model)
         if leak := label_leak(recipe.model, recipe.data.source):
             self.say(f"warning: {leak}")
         compiled = recipe.train.compile

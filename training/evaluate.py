@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
@@ -52,6 +52,7 @@ from ecl_hf.heads import create_head
 from ecl_hf.methods import METHODS
 from ecl_hf.methods.ecl import BALANCED, BALANCED_DETACHED, INVERTED, SHUFFLED
 from ecl_hf.names import printable
+from ecl_hf.runs.checkpoints import find_defect
 from ecl_hf.runs.folder import RunFolder, describe_environment, describe_model, write_atomically
 from ecl_hf.runs.recipe import Recipe
 from ecl_hf.terminal import refusing, speaking
@@ -97,14 +98,24 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 
 def reference_heads(run: RunFolder, model: ECLForImageClassification) -> nn.ModuleList:
-    """The reference heads in a run's newest checkpoint; FileNotFoundError if it has none."""
-    checkpoint = run.newest_checkpoint()
-    file = checkpoint / "model.safetensors" if checkpoint else run.checkpoints
-    if not file.is_file():
+    """The reference heads in a run's newest checkpoint.
+
+    Raises:
+        OSError: it has none.
+        ValueError: it is damaged, or of another model; the message names it.
+    """
+    if (checkpoint := run.newest_checkpoint()) is None:
         raise FileNotFoundError(f"no weights of the reference heads in {run.checkpoints}")
+    run.expect(model)
+    if defect := find_defect(checkpoint, run.most):
+        raise ValueError(f"{checkpoint}: {defect}")
+    file = checkpoint / "model.safetensors"
     heads = nn.ModuleList(create_head(model.config, expert.head.in_features) for expert in model.experts)
-    with safe_open(file, "pt") as weights:
-        heads.load_state_dict({name: weights.get_tensor(f"references.{name}") for name in heads.state_dict()})
+    try:
+        with safe_open(file, "pt") as weights:
+            heads.load_state_dict({name: weights.get_tensor(f"references.{name}") for name in heads.state_dict()})
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{file} does not hold this model's reference heads: {error}") from error
     return heads.to(model.device).eval()
 
 
@@ -126,7 +137,7 @@ def transfer_arrays(
     if any("reference" in term.needs for term in terms):
         try:
             references = reference_heads(run, model)
-        except FileNotFoundError as error:
+        except (OSError, ValueError) as error:
             accelerator.print(f"Fig. 2 is left out: {error}")
             return {}
     rows = range(accelerator.process_index, len(data.train), accelerator.num_processes)

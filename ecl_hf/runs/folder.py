@@ -259,6 +259,13 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.lock = FolderLock(self.path)
 
+    def expect(self, model: ECLForImageClassification) -> None:
+        """Let files of this model have the bytes that they can need, and no more.
+
+        Averages, momentum copies and the optimizer's numbers are a few times the model's, queues less than the rest.
+        """
+        self.most = (1 << 30) + 16 * sum(tensor.nbytes for tensor in model.state_dict().values())
+
     @property
     def finished(self) -> bool:
         """Whether all epochs are trained and tested, and the model is as it was written.

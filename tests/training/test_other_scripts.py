@@ -19,7 +19,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from train import main as train
 
 from ecl_hf import ECLForImageClassification
@@ -27,6 +27,8 @@ from ecl_hf.data.loaders import evaluation_loader
 from ecl_hf.data.longtailed import load_longtailed
 from ecl_hf.data.views import evaluation_view
 from ecl_hf.losses import transfer_weights
+from ecl_hf.runs.checkpoints import seal
+from ecl_hf.runs.folder import RunFolder
 from ecl_hf.runs.recipe import Recipe
 
 FLAGS = (
@@ -253,6 +255,37 @@ def test_transfer_of_a_run_reads_the_reference_heads_of_its_checkpoint(tmp_path)
         for c in range(10):
             assert arrays["transfer_weight"][c] == pytest.approx(weights[labels == c].mean().item(), rel=1e-4)
         assert "landscape_loss" not in arrays
+
+
+def cut_weights(checkpoint):
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def other_weights(checkpoint):
+    save_file({"references.0.weight": torch.ones(3)}, checkpoint / "model.safetensors")
+    seal(checkpoint)
+
+
+def no_weights(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    os.mkfifo(checkpoint / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (cut_weights, "model.safetensors is damaged"),
+        (other_weights, "model.safetensors does not hold this model's reference heads"),
+        (no_weights, "model.safetensors is no regular file"),
+        (shutil.rmtree, "no weights of the reference heads in"),
+    ],
+)
+def test_damaged_checkpoint_has_no_reference_heads(harm, said, run, tmp_path):
+    copy = RunFolder(shutil.copytree(run, tmp_path / "run"))
+    harm(copy.newest_checkpoint())
+    with pytest.raises((OSError, ValueError), match=said):
+        evaluate.reference_heads(copy, ECLForImageClassification.from_pretrained(copy.model))
 
 
 def test_evaluation_needs_a_run_or_a_model_with_recipe(run, capsys):
