@@ -99,7 +99,7 @@ def export(args: Namespace, results: dict[str, Any] | None, directory: Path) -> 
     template = CARDS / ("timm_card.md" if args.timm else "model_card.md")
     try:
         write_card(directory, template, model.config, results, **card)
-    except (KeyError, TypeError, UndefinedError) as error:
+    except (AttributeError, KeyError, TypeError, UndefinedError) as error:
         raise ValueError(f"{find_results(args)} lacks something that the card says: {error!r}") from error
     if args.timm:
         save_timm(model, 0, directory)

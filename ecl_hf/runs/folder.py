@@ -483,8 +483,21 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_results(file: Path, entries: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
-    """A run's `results.json`; ValueError names the file if it is none, or lacks one of these entries."""
-    return read_entries(file, {"test.plain.experts": list, "recipe": dict, **entries}, "results file of a run")
+    """A run's `results.json`; ValueError names the file if it is none, or lacks one of these entries or the scores."""
+    scores = {"test.plain.experts": list, "test.plain.ensemble": dict}
+    results = read_entries(file, {**scores, "recipe": dict, **entries}, "results file of a run")
+    for way in ("plain", "flip"):
+        test = results["test"].get(way, results["test"]["plain"])
+        experts = test.get("experts") if isinstance(test, dict) else None
+        if not (isinstance(experts, list) and experts and all(map(_are_scores, [test.get("ensemble"), *experts]))):
+            raise ValueError(f"{file} is no results file of a run: test.{way} holds no scores of ensemble and experts")
+    return results
+
+
+def _are_scores(entry: Any) -> bool:
+    """Whether it holds finite numbers, and None where nothing could be measured; top-1 always can."""
+    good = isinstance(entry, dict) and all(value is None or _is_a(value, "float") for value in entry.values())
+    return good and entry.get("top1") is not None
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

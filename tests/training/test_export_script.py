@@ -416,6 +416,8 @@ def test_flags_that_do_not_fit(flags, message, capsys):
         (lambda r: r["test"]["plain"]["experts"].pop(), ["--timm"], r"are those of 2 expert\(s\), but .* has 3"),
         (lambda r: r["test"].pop("flip"), ["--timm"], "lacks something that the card says: KeyError"),
         (lambda r: r.pop("machine"), [], "lacks something that the card says: .*machine"),
+        (lambda r: r["recipe"].update(model="x"), [], "lacks something that the card says"),
+        (lambda r: r["recipe"]["data"].update(source=7), [], "lacks something that the card says: TypeError"),
     ],
 )
 def test_results_of_another_model_or_kind_are_refused(run, tmp_path, change, flags, message):
@@ -426,6 +428,29 @@ def test_results_of_another_model_or_kind_are_refused(run, tmp_path, change, fla
     with pytest.raises(SystemExit, match=message):
         export.main([*given, *flags])
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize(
+    ("way", "part"),
+    [
+        ("plain", {"experts": [1, 2, 3]}),
+        ("plain", {"experts": []}),
+        ("plain", {"experts": [{"top1": 0.5}, {"top1": None}, {"top1": 0.5}]}),
+        ("plain", {"experts": [{"top1": 0.5}, {"top1": "x"}, {"top1": 0.5}]}),
+        ("plain", {"experts": [{"top1": 0.5}, {"top1": float("nan")}, {"top1": 0.5}]}),
+        ("plain", {"ensemble": {"top1": 0.5, "ece": [1]}}),
+        ("flip", {"ensemble": []}),
+        ("flip", {"experts": None}),
+    ],
+)
+@pytest.mark.parametrize("flags", [[], ["--timm"]])
+def test_scores_that_are_none_are_refused(way, part, flags, run, tmp_path):
+    recorded = results(3)
+    recorded["test"][way] = recorded["test"][way] | part
+    (tmp_path / "results.json").write_text(json.dumps(recorded))
+    given = ["--model", str(run.model), "--results", str(tmp_path / "results.json"), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=rf"results\.json is no results file of a run: test\.{way}"):
+        export.main([*given, *flags])
 
 
 def test_what_is_not_there_is_named(run, tmp_path):
