@@ -48,7 +48,7 @@ def test_a_recipe_by_name_with_changes_is_that_of_the_flags(tmp_path):
 
 
 def test_a_recipe_for_another_method_leaves_out_what_that_does_not_have():
-    assert Recipe.named("cifar100_lt", method="ce").loss == settings_of("ce")()
+    assert Recipe.named("cifar100_lt_printed", method="ce").loss == settings_of("ce")()
 
 
 @pytest.mark.parametrize(
