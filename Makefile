@@ -19,7 +19,7 @@ setup: .venv/.installed
 quickstart: setup
 	.venv/bin/python training/train.py --recipe $(RECIPE) --output_dir $(RUN) --resume $(ARGS)
 	.venv/bin/python training/predict.py --run $(RUN)
-	.venv/bin/python training/figures.py --run $(RUN) --landscape_images 0
+	.venv/bin/python training/figures.py --run $(RUN)
 
 test: setup
 	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4

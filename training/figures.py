@@ -420,7 +420,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--results", type=Path | None, help="Directory of reproduce.py's results, for its tables")
     parser.add_argument("--data.path", type=str | None, help="Local data directory, for runs that are evaluated here")
     parser.add_argument(
-        "--landscape_images", type=int, default=1000, help="For runs that are evaluated here; 0: no Fig. 8"
+        "--landscape_images",
+        type=int,
+        default=0,
+        help="Test images of Fig. 8, for runs that are evaluated here; hundreds of passes over each, so none by itself",
     )
     args = parser.parse_args(argv)
     paths = [Path(path) for path in args.run]

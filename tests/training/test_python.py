@@ -114,6 +114,7 @@ def test_report_evaluates_a_run_that_was_not_evaluated(tmp_path, monkeypatch):
     [[script, *flags]] = asked
     assert script.name == "evaluate.py"
     assert f"--run={run.path}" in "=".join(flags)
+    assert flags[-1] == "--landscape_images=0"  # hundreds of passes over each
 
 
 def test_an_interrupted_run_says_so_and_goes_on(tmp_path, monkeypatch):
