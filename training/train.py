@@ -210,6 +210,7 @@ class Training(Session):
                 broken.update(batch.pop("broken", ()))
             for batch in self._complete(batches_of_step):
                 self._choose_precision(batch)
+                torch.compiler.cudagraph_mark_step_begin()  # what compiled encoders gave for the last one is used up
                 with self.accelerator.accumulate(self.task):
                     with self._in_precision():
                         out = self.task(**batch)

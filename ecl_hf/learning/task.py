@@ -21,6 +21,9 @@ TWO_PASSES = "mtia.disable_welford_reduction"
 """Inductor's switch for variances in two passes, made for another device. The usual single pass (Welford's) keeps a CPU
 calculating for longer than it takes to read the activations twice."""
 
+CUDA_GRAPHS = "triton.cudagraphs"
+"""Inductor's switch for recorded kernels."""
+
 
 class CollaborativeTask(nn.Module):
     """Joint training of K experts by the terms of a method's stage (Eq. 11); export `task.model`.
@@ -272,10 +275,14 @@ class CollaborativeTask(nn.Module):
         """Have `torch.compile` make faster code of all encoders at their first forward; the rest of a step is little.
 
         One graph serves the experts and one the key encoders, so that compiling takes a fraction of the time that it
-        takes for the whole forward. Only `torch.compiler.set_stance` turns it off again.
+        takes for the whole forward. On a GPU their kernels are recorded and replayed (CUDA graphs): small encoders wait
+        for Python to launch them otherwise. `torch.compiler.cudagraph_mark_step_begin` belongs before each forward
+        then. Only `torch.compiler.set_stance` turns it all off again.
         """
-        options = {}
-        if self.log_prior_shift.device.type == "cpu" and TWO_PASSES in torch._inductor.list_options():
+        device, options = self.log_prior_shift.device.type, {}
+        if device == "cuda":
+            options[CUDA_GRAPHS] = True
+        elif device == "cpu" and TWO_PASSES in torch._inductor.list_options():
             options[TWO_PASSES] = True
         encoders = [expert.backbone for expert in self.model.experts]
         if self.momentum is not None:

@@ -249,6 +249,18 @@ def test_mixed_precision_and_tensorboard(tmp_path, monkeypatch):
     assert list(run.rglob("events.out.tfevents.*"))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--train.gradient_accumulation_steps=2"], ["--train.experts_one_by_one=true"]])
+def test_recorded_kernels_of_a_gpu_train_as_others_do(tmp_path, flags):
+    eager, recorded = (
+        epochs(train(tmp_path / name, "--method=ecl", QUEUE, f"--train.compile={name}", *flags))
+        for name in ("false", "true")
+    )
+    for ours, theirs in zip(recorded, eager, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
+
+
 def test_finished_run_is_reported_again_and_not_touched(tmp_path, capsys):
     run = train(tmp_path / "run", "--method=bc", "--epochs=1")
     before = {path: path.stat().st_mtime_ns for path in (run / "model").iterdir()}
