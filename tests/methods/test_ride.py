@@ -143,10 +143,13 @@ def test_published_values_of_the_routing(published):
     assert_close(loss[None].detach(), values["train_loss"])
     for ours, theirs in names.items():
         assert_close(router.get_parameter(ours).grad, values[f"g_{theirs}"])
-    weights = routed_weights(scores.detach(), 0.5)
-    assert_close(combine(logits.transpose(0, 1), weights), values["test_output"])
+    # Picture 14 stands on the threshold: rounding, which differs between processors, decides
+    clear = ((scores.sigmoid() - 0.5).abs() > 1e-9).all(1)
+    assert clear.sum() == 15
+    weights = routed_weights(scores.detach(), 0.5)[clear]
+    assert_close(combine(logits.transpose(0, 1)[clear], weights), values["test_output"][clear])
     asked = (weights > 0).sum(1)
-    assert_close(asked, values["test_experts"])
+    assert_close(asked, values["test_experts"][clear])
     assert len(asked.unique()) > 1
 
 
