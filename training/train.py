@@ -312,8 +312,7 @@ class Training(Session):
         if self.accelerator.is_main_process:
             self.run.log(line)
         if bar.disable:
-            spent = self.progress.total_seconds + self.progress.seconds
-            left = spent / self.progress.step * (self.last_step - self.progress.step)
+            left = self.forecast.left(time.perf_counter(), self.last_step - self.progress.step)
             self.say(epoch_line(line, self.recipe.epochs, left))
 
     def _note_memory(self) -> None:

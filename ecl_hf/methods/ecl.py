@@ -119,8 +119,8 @@ def _over_experts(logits: Tensor, out: TaskOutputs, tau: float, reduction: str) 
     return mean * k if reduction == "sum" else mean
 
 
-def _plain(out: TaskOutputs, config: BalancedSettings) -> Tensor:
-    return _over_experts(out.cls_logits, out, 0.0, config.sup_reduction)
+def _plain(out: TaskOutputs, config: Settings) -> Tensor:
+    return _over_experts(out.cls_logits, out, 0.0, "mean")
 
 
 def _supervision(out: TaskOutputs, config: BalancedSettings) -> Tensor:
@@ -192,7 +192,7 @@ def _method(settings: type[BalancedSettings], *terms: Term) -> Method:
 
 METHODS: dict[str, Method] = {
     # Single networks
-    "ce": Method((Stage((PLAIN,)),), BalancedSettings, experts=Experts(1, most=1), logit_prior="train"),
+    "ce": Method((Stage((PLAIN,)),), Settings, experts=Experts(1, most=1), logit_prior="train"),
     "bc": Method((Stage((SUPERVISION,)),), BalancedSettings, experts=Experts(1, most=1)),
     # Table III, top to bottom: K independent experts, then balanced knowledge transfer (bkt), feature level
     # distillation (fld) and the contrastive proxy task (cpt)

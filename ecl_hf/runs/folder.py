@@ -196,7 +196,7 @@ def epoch_line(line: dict[str, Any], epochs: int, seconds_left: float) -> str:
     Args:
         line: the entry; scores in 0..1 whose names begin with `val/` are shown in %.
         epochs: of the whole run.
-        seconds_left: how long the rest will take, at the speed so far.
+        seconds_left: how long the rest will take.
     """
     place = f"epoch {line['epoch']:{len(str(epochs))}}/{epochs}"
     scores = [
@@ -236,8 +236,12 @@ class Forecast:
         if self.told or self.taken < 3 or (self.taken < self.steps and spent < self.seconds):
             return None
         self.told = True
-        left = round(spent / self.taken * steps_left)
+        left = round(self.left(now, steps_left))
         return f"the training will take about {timedelta(seconds=left)} (h:mm:ss)" if left > 60 else None
+
+    def left(self, now: float, steps_left: int) -> float:
+        """Seconds that the rest will take, at the speed of this process: another machine may have begun the run."""
+        return (now - self.started) / max(self.taken, 1) * steps_left
 
 
 class RunFolder:
@@ -299,14 +303,14 @@ class RunFolder:
 
         Raises:
             FileExistsError: the folder is in use, or is no folder.
-            ValueError: the run was begun with another recipe; the message names the keys.
+            ValueError: the run was begun, or ended, with another recipe; the message names the keys.
         """
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"output_dir {self.path} is not a directory")
         if self.recipe_file.exists():
             if not resume:
                 raise FileExistsError(f"output_dir {self.path} holds a run already; continue it with --resume")
-            if not changed:
+            if not changed or self._said_finished:
                 self._compare(recipe)
         elif self.path.exists() and any(
             # What a process leaves that is killed before the recipe is written counts for nothing, and features may
@@ -342,6 +346,10 @@ class RunFolder:
             for key in sorted(old | new)
             if old.get(key) != new.get(key) and key not in FREE_TO_CHANGE
         ]
+        if changed and self._said_finished:
+            raise ValueError(
+                f"{self.path} is finished, with another recipe: {'; '.join(changed)}; train in another output_dir"
+            )
         if changed:
             raise ValueError(
                 f"{self.path} was begun with another recipe, can't resume: {'; '.join(changed)}; "

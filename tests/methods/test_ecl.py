@@ -319,7 +319,7 @@ def test_detached_terms_teach_without_learning(kind):
     assert (both - student).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("term", ["PLAIN", "SUPERVISION", "REFERENCE"])
+@pytest.mark.parametrize("term", ["SUPERVISION", "REFERENCE"])
 def test_summed_supervision(term):
     out, loss = draw_outputs(3), find(term).loss
     mean, summed = (loss(out, ECLSettings(**CONFIG, sup_reduction=name)) for name in ("mean", "sum"))

@@ -90,6 +90,16 @@ def test_changed_recipe_is_refused_by_key(tmp_path):
     assert Recipe.from_file(run.recipe_file) == Recipe(seed=1)
 
 
+def test_finished_run_keeps_its_recipe(tmp_path):
+    run = begun(tmp_path / "run", Recipe(epochs=3))
+    run.check(Recipe(epochs=5), resume=True, changed=True)
+    run.results_file.write_text('{"finished": true}')
+    with pytest.raises(ValueError, match=r"is finished, with another recipe: epochs: 3 -> 5; train in another"):
+        run.open(Recipe(epochs=5), resume=True, changed=True)
+    run.close()
+    assert Recipe.from_file(run.recipe_file) == Recipe(epochs=3)
+
+
 def test_key_of_another_version_is_named(tmp_path):
     run = begun(tmp_path / "run")
     tree = yaml.safe_load(run.recipe_file.read_text())
@@ -400,6 +410,7 @@ def test_forecast_of_the_first_steps():
     assert said[:6] == [None] * 6
     assert said[6] == "the training will take about 0:59:56 (h:mm:ss)"
     assert said[7] is None
+    assert forecast.left(24.0, 1000) == 4.0 / 6 * 1000
     slow = Forecast()
     assert [bool(slow.step(30.0 * step, 90)) for step in range(1, 8)] == [False] * 4 + [True] + [False] * 2
     quick = Forecast(steps=3)
