@@ -5,7 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime's
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
-# Runs that are compared bit for bit, and those of two processes, need CPUs; tests of GPUs alone need CUDA_VISIBLE_DEVICES=0
+# Runs that are compared bit for bit need CPUs, as do two processes; tests of GPUs need CUDA_VISIBLE_DEVICES=0
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # huggingface_hub and transformers
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"

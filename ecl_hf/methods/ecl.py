@@ -119,7 +119,7 @@ def _over_experts(logits: Tensor, out: TaskOutputs, tau: float, reduction: str) 
     return mean * k if reduction == "sum" else mean
 
 
-def _plain(out: TaskOutputs, config: Settings) -> Tensor:
+def _plain(out: TaskOutputs, _: Settings) -> Tensor:
     return _over_experts(out.cls_logits, out, 0.0, "mean")
 
 
