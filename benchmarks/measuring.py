@@ -200,7 +200,6 @@ def optimiser_step(
     positions = torch.arange(len(batch["labels"]))
 
     def step() -> None:
-        torch.compiler.cudagraph_mark_step_begin()
         out = (wrapped or task)(**batch)
         with around_backward():
             out["loss"].backward()

@@ -526,7 +526,9 @@ class Session:
         loader = self._evaluation_loader(getattr(self.data, part))
         if part == "test":
             loader = tqdm(loader, "testing", disable=None if self.accelerator.is_main_process else True, leave=False)
-        return predict(model, or_exit(loader, self.recipe), self.accelerator.gather_for_metrics, **options)
+        # Compiling for batches of another size takes longer, and what a GPU recorded belongs to training steps
+        with torch.compiler.set_stance("force_eager"):
+            return predict(model, or_exit(loader, self.recipe), self.accelerator.gather_for_metrics, **options)
 
     def _picture_weights(self) -> np.ndarray | None:
         weights = [part.picture_weights for part in self.plain.parts.values() if part.picture_weights is not None]

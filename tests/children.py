@@ -16,7 +16,8 @@ SLOW = 240
 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "training"), os.environ.get("PYTHONPATH", "")])
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["tests.children", "tests.faults", "train", "sklearn.datasets", "tensorboard"])
+AT_ITS_FIRST_USE = ["sklearn.datasets", "tensorboard", "torchmetrics", "matplotlib.pyplot", "docstring_parser"]
+context.set_forkserver_preload(["tests.children", "tests.faults", "train", *AT_ITS_FIRST_USE])
 
 TINY = [
     "--data.source=digits",

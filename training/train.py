@@ -210,7 +210,6 @@ class Training(Session):
                 broken.update(batch.pop("broken", ()))
             for batch in self._complete(batches_of_step):
                 self._choose_precision(batch)
-                torch.compiler.cudagraph_mark_step_begin()  # what compiled encoders gave for the last one is used up
                 with self.accelerator.accumulate(self.task):
                     with self._in_precision():
                         out = self.task(**batch)
@@ -349,8 +348,7 @@ class Training(Session):
         The reported numbers are the last epoch's, or where there are validation pictures, those of the epoch that they
         choose.
         """
-        with torch.compiler.set_stance("force_eager"):  # compiling for batches of another size would take longer
-            predictions = self._predict("test", self.model, with_features=False, with_flip=True)
+        predictions = self._predict("test", self.model, with_features=False, with_flip=True)
         if self.encoder:
             self.encoder.put_into(self.model)
         self._note_memory()

@@ -87,6 +87,7 @@ class CollaborativeTask(nn.Module):
         self.average: ModelEmaV3 | None = None
         self.best: ECLForImageClassification | None = None
         self.tune = tune
+        self._recorded = False  # whether a GPU replays the encoders' kernels
         self._freeze()
 
     def keep_average(self, decay: float) -> None:
@@ -181,6 +182,8 @@ class CollaborativeTask(nn.Module):
             `loss` (Eq. 11, []), `terms` (the unweighted terms by name, []), and `keys` ([B, K, P] or None) for
             `enqueue`.
         """
+        if self._recorded:
+            torch.compiler.cudagraph_mark_step_begin()  # what the encoders gave for the last batch is used up
         inputs = [pixel_values, *(views[f"view_{n}"] for n in range(len(self.stage.views)))]
         if partner_pixel_values is not None:
             inputs.append(partner_pixel_values)
@@ -276,12 +279,11 @@ class CollaborativeTask(nn.Module):
 
         One graph serves the experts and one the key encoders, so that compiling takes a fraction of the time that it
         takes for the whole forward. On a GPU their kernels are recorded and replayed (CUDA graphs): small encoders wait
-        for Python to launch them otherwise. `torch.compiler.cudagraph_mark_step_begin` belongs before each forward
-        then. Only `torch.compiler.set_stance` turns it all off again.
+        for Python to launch them otherwise. Only `torch.compiler.set_stance` turns it all off again.
         """
         device, options = self.log_prior_shift.device.type, {}
         if device == "cuda":
-            options[CUDA_GRAPHS] = True
+            options[CUDA_GRAPHS] = self._recorded = True
         elif device == "cpu" and TWO_PASSES in torch._inductor.list_options():
             options[TWO_PASSES] = True
         encoders = [expert.backbone for expert in self.model.experts]
