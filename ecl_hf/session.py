@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from ecl_hf.data.features import FeatureDataset, digest_pictures, feature_loader, in_batches
 from ecl_hf.data.loaders import ViewDataset, draw_seed, evaluation_loader, fitting, train_loader
-from ecl_hf.data.longtailed import load_longtailed
+from ecl_hf.data.longtailed import LongTailedData, load_longtailed
 from ecl_hf.data.official import BENCHMARKS
 from ecl_hf.data.overview import describe_classes, describe_pictures
 from ecl_hf.data.pictures import BrokenPictureError
@@ -139,7 +139,6 @@ class Session:
     def __init__(self, recipe: Recipe, args: Namespace, run: RunFolder) -> None:
         self.recipe, self.run = recipe, run
         self.accelerator = accelerator = self._accelerator(args)
-        self.say = say if accelerator.is_main_process else (lambda _: None)
         if args.left_out:
             self.say(f"{recipe.method} has no setting {', '.join(args.left_out)}: left out of the recipe")
         self.processes = accelerator.num_processes
@@ -167,7 +166,7 @@ class Session:
         self.stage_epochs = recipe.epochs_of_stages
         run.check(recipe, args.resume, args.allow_changes)
         with accelerator.main_process_first():
-            self.data = load_longtailed(recipe.data)
+            self.data = self._load_data()
         images = sum(self.data.class_counts)
         if recipe.batch_size > images:
             raise ValueError(f"batch_size {recipe.batch_size} exceeds the training split of {images} images")
@@ -191,6 +190,11 @@ class Session:
         compiled = recipe.train.compile
         for idle in idle_keys(self.method, recipe.method, recipe.model, self.model, compiled=compiled):
             self.say(f"warning: {idle}")
+        if recipe.train.calibration_folds and (recipe.model.tune != "head" or recipe.data.val_fraction):
+            self.say(
+                "warning: train.calibration_folds does nothing here: it takes model.tune head, and no "
+                "data.val_fraction, which finds a temperature too"
+            )
         self.encoder = None
         if recipe.model.tune != "head":
             self._save_memory()
@@ -211,6 +215,14 @@ class Session:
         if accelerator.is_main_process:
             run.open(recipe, args.resume, args.allow_changes)
             self.checkpoint = None if run.finished else run.resumable_checkpoint(self.say)
+
+    def say(self, text: str) -> None:
+        """Print, in the main process, above a progress bar."""
+        if self.accelerator.is_main_process:
+            say(text)
+
+    def _load_data(self) -> LongTailedData:
+        return load_longtailed(self.recipe.data)
 
     def _accelerator(self, args: Namespace) -> Accelerator:
         accelerator = Accelerator(
@@ -372,14 +384,16 @@ class Session:
             self.say(f"features of {images} pictures: {self.progress.feature_seconds:.1f} s; kept in the run folder")
         elif not accelerator.is_main_process:
             kept = read_features(self.run.features_file, fingerprint)
-        pictures, views = self.train_set, self.train_set.views
-        with refusing(self.recipe):
-            self.train_set = FeatureDataset(
-                kept["train.features"], pictures.labels, kept["train.there"], self.recipe.seed
-            )
-        self.train_set.views = views
         broken = torch.nonzero(~kept["train.there"])[:, 0].tolist()
-        self.progress.broken = pictures.defects(broken)
+        self.progress.broken = self.train_set.defects(broken)
+        self._learn_from(kept)
+
+    def _learn_from(self, kept: dict[str, torch.Tensor]) -> None:
+        """Train on kept features (`train.features`, `train.there` and those of the other parts)."""
+        labels, views = self.train_set.labels, self.train_set.views
+        with refusing(self.recipe):
+            self.train_set = FeatureDataset(kept["train.features"], labels, kept["train.there"], self.recipe.seed)
+        self.train_set.views = views
         self.kept = kept
 
     def _fingerprint(self, parts: dict[str, datasets.Dataset]) -> str:

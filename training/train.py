@@ -13,11 +13,14 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import datasets
+import numpy as np
 import torch
 import transformers
 from accelerate import skip_first_batches
@@ -30,9 +33,11 @@ from timm.utils import distribute_bn
 from tqdm import tqdm
 
 from ecl_hf.data.loaders import draw_seed
+from ecl_hf.data.longtail import assign_folds
+from ecl_hf.data.longtailed import LongTailedData
 from ecl_hf.evidence.calibration import fit_temperature
 from ecl_hf.evidence.classes import class_rows, classes_csv
-from ecl_hf.evidence.evaluation import score
+from ecl_hf.evidence.evaluation import Predictions, score
 from ecl_hf.evidence.results import describe_run, report
 from ecl_hf.flags import FlagParser
 from ecl_hf.heads import log_prior_shift
@@ -46,6 +51,7 @@ from ecl_hf.learning.stages import fold_heads, published_copy
 from ecl_hf.methods import PAPERS
 from ecl_hf.methods.base import EpochContext, FinishContext, MixingContext, Part, Time
 from ecl_hf.modeling_ecl import ECLForImageClassification
+from ecl_hf.publishing.config import HubConfig
 from ecl_hf.repository import upload_directory
 from ecl_hf.runs.folder import RunFolder, describe_model, epoch_line
 from ecl_hf.runs.interruption import STOPPED, StopRequest, plain_errors
@@ -109,11 +115,7 @@ def run_recipe(recipe: Recipe, args: Namespace) -> Path:
                 training.say(f"{run.path} is finished already\n{report(run)}")
             return run.path
         training.restore()
-        while True:
-            training.fit(stop)
-            if not training.next_stage():
-                break
-        training.finish()
+        training.run_stages(stop)
         training.test()
         training.accelerator.end_training()
     return run.path
@@ -134,6 +136,14 @@ class Training(Session):
     def averaged(self) -> ECLForImageClassification:
         """The model that counts while a stage runs: the average of the weights, where the recipe asks for one."""
         return self.model if self.plain.average is None else self.plain.average.module
+
+    def run_stages(self, stop: StopRequest) -> None:
+        """Train all that is left, and take the method's last steps."""
+        while True:
+            self.fit(stop)
+            if not self.next_stage():
+                break
+        self.finish()
 
     def next_stage(self) -> bool:
         """End the running stage and begin the next one, if there is one and the run has not come to its last step."""
@@ -296,10 +306,31 @@ class Training(Session):
         return {f"val/{name}": scores[name] for name in ("top1", "balanced", "macro_f1", "ece")}
 
     def _calibrate(self) -> None:
-        """Find the temperature on the validation pictures, which are as frequent as the training pictures."""
-        found, config = self._predict("val", self.model), self.model.config
+        """Find the temperature on pictures that a model was not trained on, as frequent as the training pictures."""
+        if self.data.val is not None:
+            parts = [self._predict("val", self.model)]
+        elif self.encoder and self.recipe.train.calibration_folds and self.complete:
+            parts = list(self._predict_folds())
+        else:
+            return
+        if not parts:
+            self.say("no temperature was found: there is no second picture of any class")
+            return
+        logits, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("ensemble_logits", "labels"))
         shift = log_prior_shift([max(n, 1) for n in self.data.class_counts], self.model.carried_prior())
-        config.temperature *= fit_temperature(found.ensemble_logits, found.labels, shift)
+        self.model.config.temperature *= fit_temperature(logits, labels, shift)
+        self.say(f"temperature {self.model.config.temperature:.2f}, found on {len(labels)} pictures")
+
+    def _predict_folds(self) -> Iterator[Predictions]:
+        """The training pictures in turn, fold by fold, by models that were trained on the others."""
+        folds, there, groups = self.recipe.train.calibration_folds, self.kept["train.there"].numpy(), self.data.groups
+        fold_of = np.full(len(there), -1)
+        labels, groups = self.train_set.labels[there], None if groups is None else groups[there]
+        fold_of[there] = assign_folds(labels, groups, folds, self.recipe.seed)
+        alone = not self.accelerator.is_main_process or None  # None: where there is a terminal
+        for fold in tqdm(sorted({*fold_of} - {-1}), "calibration", disable=alone, leave=False):
+            with TemporaryDirectory() as folder, closing(RunFolder(Path(folder) / "run")) as run:
+                yield Fold(self, torch.from_numpy(fold_of == fold), run).predict_held_out()
 
     def _log(self, bar: tqdm, validation: dict[str, float]) -> None:
         images = self.recipe.batch_size // self.accumulation
@@ -339,8 +370,7 @@ class Training(Session):
                 rewrite(FinishContext(**self._context()))
             fold_heads(self.model)
         check_weights(self.model)
-        if self.data.val is not None:
-            self._calibrate()
+        self._calibrate()
 
     def test(self) -> None:
         """Test the model, write it with its results, and upload it if the recipe says so.
@@ -389,6 +419,48 @@ class Training(Session):
         except (OSError, ValueError) as error:
             again = f"python training/export.py --run {self.run.path} --push --repo_id {repo_id}"
             self.say(f"the upload failed, the run is complete; repeat it with\n    {again}\n{error}")
+
+
+class Fold(Training):
+    """A training on kept features that leaves some pictures out, to be asked about them; it says and keeps nothing.
+
+    Args:
+        whole: the training on all pictures.
+        held_out: which of them to leave out, [N].
+        run: a folder for the time being.
+    """
+
+    def __init__(self, whole: Training, held_out: torch.Tensor, run: RunFolder) -> None:
+        self.whole, self.held_out = whole, held_out
+        options = replace(whole.recipe.train, calibration_folds=None)
+        args = Namespace(output_dir=run.path, resume=False, allow_changes=False, report_to=[], left_out=[])
+        super().__init__(replace(whole.recipe, train=options, hub=HubConfig()), args, run)
+
+    def predict_held_out(self) -> Predictions:
+        """Train, and say what the pictures are that were left out."""
+        self.restore()
+        self.run_stages(StopRequest())
+        self.kept |= {"train.there": self.held_out}
+        return self._predict("train", self.model)
+
+    def say(self, _: str) -> None:
+        """Leave it to the training on all pictures."""
+
+    def _load_data(self) -> LongTailedData:
+        return self.whole.data
+
+    def _describe_data(self) -> None:
+        """Was said of all pictures."""
+
+    def _keep_features(self) -> None:
+        kept = self.whole.kept
+        self._learn_from(kept | {"train.there": kept["train.there"] & ~self.held_out})
+
+    def _log(self, *_: object) -> None:
+        """No epoch of a fold is worth a line."""
+
+    def _write_checkpoint(self) -> None:
+        """A fold that is interrupted begins again."""
 
 
 if __name__ == "__main__":

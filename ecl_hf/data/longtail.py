@@ -180,3 +180,27 @@ def held_out_groups(
         free[best], taken[best] = False, True
         held += table[[best]].sum(0)
     return np.flatnonzero(taken[place])
+
+
+def assign_folds(labels: np.ndarray, groups: np.ndarray | None, folds: int, seed: int = 0) -> np.ndarray:
+    """Divide images for cross-validation, each class as evenly as its groups allow.
+
+    Args:
+        labels: class of each image, [N].
+        groups: group of each image, which is not divided, [N]; each image is one of its own when None.
+        folds: number of parts.
+        seed: of the division.
+
+    Returns:
+        int64 fold of each image, [N]; -1 where it would take with it all that there is of the class.
+    """
+    groups = np.arange(len(labels)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    _, first = np.unique(groups, return_index=True)
+    order = np.lexsort((np.random.default_rng(seed).permutation(len(first)), labels[first]))
+    fold_of_group = np.empty(len(first), np.int64)
+    fold_of_group[order] = np.arange(len(first)) % folds
+    found = fold_of_group[groups]
+    table = np.zeros((labels.max() + 1, folds), np.int64)
+    np.add.at(table, (labels, found), 1)
+    found[table[labels, found] == table.sum(1)[labels]] = -1
+    return found

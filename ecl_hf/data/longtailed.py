@@ -37,6 +37,7 @@ class LongTailedData:
         class_counts: training images of each class, [C].
         class_names: in label order, [C].
         folders: where its picture files lie (`Source`).
+        groups: which training pictures belong together, whole numbers, [N]; None without `group_column`.
     """
 
     train: datasets.Dataset | datasets.IterableDataset
@@ -45,6 +46,7 @@ class LongTailedData:
     class_names: list[str]
     val: datasets.Dataset | None = None
     folders: tuple[Path, ...] = ()
+    groups: np.ndarray | None = None
 
 
 def load_longtailed(config: DataConfig) -> LongTailedData:
@@ -69,20 +71,21 @@ def load_longtailed(config: DataConfig) -> LongTailedData:
         rows = split.rows()
     train, test = (_take(pictures_of(source, part), rows[part]) for part in ("train", "test"))
     classes, val = len(source.class_names), None
+    groups = None if source.groups is None else source.groups[rows["train"]]
     if config.val_fraction is not None:
         labels = labels_of(train)
         available = np.bincount(labels, minlength=classes)
         counts = validation_counts(available, config.val_fraction)
-        groups = None if source.groups is None else source.groups[rows["train"]]
         if not counts.any():
             raise ValueError("data.val_fraction: no class has the three pictures that it needs for one to validate")
         if groups is None:
             held_out = np.sort(longtail_indices(labels, counts, config.split_seed))
         else:
             held_out = hold_out_groups(config, labels, groups, counts, np.minimum(available, 2))
-        train, val = train.select(np.setdiff1d(np.arange(len(labels)), held_out)), train.select(held_out)
+        kept = np.setdiff1d(np.arange(len(labels)), held_out)
+        train, val, groups = train.select(kept), train.select(held_out), None if groups is None else groups[kept]
     counts = np.bincount(labels_of(train), minlength=classes).tolist()
-    return LongTailedData(train, test, counts, source.class_names, val, source.folders)
+    return LongTailedData(train, test, counts, source.class_names, val, source.folders, groups)
 
 
 def load_source(config: DataConfig) -> Source:

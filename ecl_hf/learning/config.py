@@ -149,11 +149,16 @@ class TrainConfig:
     """The same at the start, while the processes look for each other."""
     patience: int | None = None
     """End after this many epochs of the last stage without a better balanced accuracy on the validation pictures."""
+    calibration_folds: int | None = None
+    """Where features are kept: find the temperature by cross-validation, with as many trainings more, each of which
+    leaves out its part of the training pictures. None is lost to the model, as by `data.val_fraction`."""
     max_steps: int | None = None
     """Stop after this many optimiser steps with a checkpoint; the schedule stays that of all epochs."""
 
     def __post_init__(self) -> None:
         check_values(self, "train.")
+        folds = self.calibration_folds
+        require(folds is None or folds >= 2, f"train.calibration_folds must be at least 2, got {folds}")
         for name in ("gradient_accumulation_steps", "checkpoint_every", "keep_last"):
             require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
         require(self.patience is None or self.patience >= 1, f"train.patience must be at least 1, got {self.patience}")

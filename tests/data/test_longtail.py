@@ -7,6 +7,7 @@ import pytest
 from sklearn.model_selection import StratifiedGroupKFold
 
 from ecl_hf.data.longtail import (
+    assign_folds,
     exponential_counts,
     held_out_counts,
     held_out_groups,
@@ -272,3 +273,24 @@ def test_shares_of_the_classes_are_as_near_as_those_of_scikit_learn():
 def test_no_group_can_go_that_has_all_of_a_class():
     labels, groups = np.array([0, 0, 0, 1, 1, 1]), np.array([0, 0, 0, 1, 1, 1])
     assert not len(held_out_groups(labels, groups, np.array([1, 1]), np.array([1, 1])))
+
+
+@pytest.mark.parametrize("sizes", [None, 1, 4])
+def test_folds_take_each_image_once_and_leave_some_of_its_class(sizes):
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(6), [40, 23, 9, 5, 2, 1])
+    groups = None if sizes is None else rng.integers(1 + len(labels) // sizes, size=len(labels))
+    found = assign_folds(labels, groups, 4, seed=3)
+    assert set(found) <= {-1, 0, 1, 2, 3}
+    for fold in range(4):
+        assert set(labels[found != fold]) == set(labels)
+    together = np.arange(len(labels)) if groups is None else groups
+    for group in np.unique(together):
+        assert len({*found[together == group]} - {-1}) <= 1
+    if groups is None:
+        for label, count in enumerate(np.bincount(labels)):
+            parts = np.bincount(found[(labels == label) & (found >= 0)], minlength=4)
+            assert parts.sum() == (count if count > 1 else 0)
+            assert parts.max() - parts.min() <= 1
+    assert found.tolist() == assign_folds(labels, groups, 4, seed=3).tolist()
+    assert found.tolist() != assign_folds(labels, groups, 4, seed=4).tolist()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import train as train_script
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from train import main
@@ -117,6 +118,50 @@ def test_epoch_and_temperature_are_chosen_on_the_validation_pictures(train):
         return torch.nn.functional.cross_entropy(shifted, labels).item()
 
     assert likelihood(temperature) <= min(likelihood(1.02 * temperature), likelihood(temperature / 1.02))
+
+
+def test_temperature_by_cross_validation_costs_no_picture(train, monkeypatch):
+    """Each picture is judged once, by a model that has not seen it; the published heads have seen them all."""
+    flags = ["--method=ride", "--epochs=4", "--optim.lr=0.02", "--data.max_count=40", "--data.imbalance_factor=40"]
+    asked, seen = [], []
+    predict_held_out = train_script.Fold.predict_held_out
+
+    def remember(fold):
+        found = predict_held_out(fold)
+        seen.append((fold.held_out, set(fold.train_set.rows.tolist()), fold.train_set.labels[fold.held_out]))
+        asked.append(found)
+        return found
+
+    monkeypatch.setattr(train_script.Fold, "predict_held_out", remember)
+    run, plain = train("run", *flags, "--train.calibration_folds=3"), train("plain", *flags)
+    ours, theirs = (load_file(folder / "model/model-00001-of-00004.safetensors") for folder in (run, plain))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in plain.iterdir())
+    assert (run / "metrics.jsonl").read_text().count("\n") == 4
+    counts = torch.tensor(json.loads((run / "results.json").read_text())["class_counts"])
+    assert counts[-1] == 1
+    judged = sum(held_out.long() for held_out, _, _ in seen)
+    assert judged.max() == 1
+    assert judged.sum() == counts.sum() - (counts == 1).sum()
+    for (held_out, rows, labels), found in zip(seen, asked, strict=True):
+        assert not rows & set(torch.nonzero(held_out)[:, 0].tolist())
+        assert found.labels.tolist() == labels.tolist()
+    logits = torch.cat([found.ensemble_logits for found in asked]).double()
+    labels = torch.cat([found.labels for found in asked])
+    config = ECLConfig.from_pretrained(run / "model")
+    assert config.logit_prior == "uniform"
+    prior = counts.double().log()
+
+    def likelihood(temperature):
+        return torch.nn.functional.cross_entropy(logits / temperature + prior, labels).item()
+
+    assert config.temperature != 1
+    assert likelihood(config.temperature) <= min(likelihood(factor * config.temperature) for factor in (0.98, 1.02))
+
+
+def test_folds_that_are_not_made_are_named(train, capsys):
+    train("run", "--method=bc", "--epochs=1", "--train.calibration_folds=2", "--data.val_fraction=0.2")
+    assert "warning: train.calibration_folds does nothing here" in capsys.readouterr().out
 
 
 def test_interrupted_run_on_kept_features_is_the_uninterrupted_one(train, tmp_path, monkeypatch):
