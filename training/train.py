@@ -124,6 +124,8 @@ def run_recipe(recipe: Recipe, args: Namespace) -> Path:
 class Training(Session):
     """The loop over a method's stages, epochs and steps."""
 
+    calibration_seconds = 0.0
+
     @property
     def lr(self) -> float:
         """The learning rate of the next optimiser step."""
@@ -307,6 +309,7 @@ class Training(Session):
 
     def _calibrate(self) -> None:
         """Find the temperature on pictures that a model was not trained on, as frequent as the training pictures."""
+        started = time.perf_counter()
         if self.data.val is not None:
             parts = [self._predict("val", self.model)]
         elif self.encoder and self.recipe.train.calibration_folds and self.complete:
@@ -319,6 +322,7 @@ class Training(Session):
         logits, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("ensemble_logits", "labels"))
         shift = log_prior_shift([max(n, 1) for n in self.data.class_counts], self.model.carried_prior())
         self.model.config.temperature *= fit_temperature(logits, labels, shift)
+        self.calibration_seconds = time.perf_counter() - started
         self.say(f"temperature {self.model.config.temperature:.2f}, found on {len(labels)} pictures")
 
     def _predict_folds(self) -> Iterator[Predictions]:
@@ -393,6 +397,7 @@ class Training(Session):
         results |= {
             "paper": PAPERS.get(self.recipe.method),
             **describe_model(self.model),
+            "calibration_seconds": self.calibration_seconds,
             "mixed_precision": self.mixed_precision,
             "pretrained_weights": pretrained_tag(self.recipe.model),
             **self.environment,
