@@ -140,7 +140,7 @@ class Session:
         self.recipe, self.run = recipe, run
         self.accelerator = accelerator = self._accelerator(args)
         if args.left_out:
-            self.say(f"{recipe.method} has no setting {', '.join(args.left_out)}: left out of the recipe")
+            self.say(f"the recipe is another method's: {recipe.method} does without its {', '.join(args.left_out)}")
         self.processes = accelerator.num_processes
         check_launch(os.environ, self.processes)
         self.method = METHODS[recipe.method]

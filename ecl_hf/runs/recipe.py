@@ -213,7 +213,8 @@ def own_settings(method: str, section: Any, other: str) -> tuple[Any, list[str]]
     """A file's section `loss`, which is for the file's own method, as another method can take it.
 
     Returns:
-        The settings that the other method has too, and the names of those that it does not have.
+        The settings that both methods share, and the names of the others; a name that two papers use for different
+        things is not shared.
 
     Raises:
         ValueError: the file's own method does not have one.
@@ -221,8 +222,14 @@ def own_settings(method: str, section: Any, other: str) -> tuple[Any, list[str]]
     if not isinstance(section, dict):
         return section, []
     check_settings(method, section)
-    known = {item.name for item in fields(settings_of(other))}
-    return {key: section[key] for key in section if key in known}, [key for key in section if key not in known]
+    ours, theirs = declarations(settings_of(method)), declarations(settings_of(other))
+    shared = {key for key in section if ours[key] is theirs.get(key)}
+    return {key: section[key] for key in section if key in shared}, [key for key in section if key not in shared]
+
+
+def declarations(settings: type[Settings]) -> dict[str, type]:
+    """The class that was the first to declare each setting."""
+    return {name: kind for kind in settings.__mro__ for name in vars(kind).get("__annotations__", {})}
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

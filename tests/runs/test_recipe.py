@@ -404,6 +404,16 @@ def test_another_method_leaves_out_what_it_does_not_have(as_two_words, tmp_path)
     assert (recipe.method, recipe.epochs, recipe.loss.sup_reduction) == ("bc", 7, "sum")
 
 
+def test_another_method_takes_no_setting_that_means_something_else(tmp_path):
+    """ECL's `beta` weighs a loss, that of `cb` counts images; the queue of ECL and PaCo is the same part."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text("method: ecl\nloss:\n  queue_size: 8\n  beta: 0.5\n  temperature: 2.0\n")
+    assert prepare_flags([f"--recipe={file}", "--method=cb"])[2] == ["loss.queue_size", "loss.beta", "loss.temperature"]
+    assert prepare_flags([f"--recipe={file}", "--method=paco"])[2] == ["loss.beta", "loss.temperature"]
+    assert Recipe.named(file, method="paco").loss.queue_size == 8
+    assert Recipe.named(file, method="cb").loss.beta == 0.9999
+
+
 def test_stage_epochs_add_up():
     with pytest.raises(ValueError, match=r"stage_epochs has 2 entries; bc has 1 stages"):
         Recipe(method="bc", epochs=5, stage_epochs=[4, 1])
