@@ -124,6 +124,7 @@ def run_recipe(recipe: Recipe, args: Namespace) -> Path:
 class Training(Session):
     """The loop over a method's stages, epochs and steps."""
 
+    with_bar = True
     calibration_seconds = 0.0
 
     @property
@@ -180,7 +181,7 @@ class Training(Session):
             total=self.end_of_stage,
             initial=self.progress.step,
             unit="step",
-            disable=not (self.accelerator.is_main_process and sys.stderr.isatty()),
+            disable=not (self.with_bar and self.accelerator.is_main_process and sys.stderr.isatty()),
         ) as bar:
             while self.progress.step < self.end_of_stage and not stopping and not self.progress.ended:
                 stopping = self._train_epoch(stop, bar)
@@ -434,6 +435,8 @@ class Fold(Training):
         held_out: which of them to leave out, [N].
         run: a folder for the time being.
     """
+
+    with_bar = False
 
     def __init__(self, whole: Training, held_out: torch.Tensor, run: RunFolder) -> None:
         self.whole, self.held_out = whole, held_out
