@@ -190,6 +190,10 @@ def test_card_says_what_was_not_measured(run):
     assert card.data.eval_results is None
     assert "Not measured." in card.text
     assert "Licence:** not stated" in card.text
+    assert "Probabilities" not in card.text
+    config.temperature = 0.6543
+    card = model_card(ROOT / "hub_cards" / "model_card.md", config, None)
+    assert "logits are divided by 0.65, a temperature" in card.text
     assert not any(row.startswith("| ensemble") for row in card.text.splitlines())
 
 
