@@ -221,6 +221,11 @@ class Session:
         if self.accelerator.is_main_process:
             say(text)
 
+    @property
+    def without_bar(self) -> bool | None:
+        """For `tqdm`: no bar but in the main process, and there only on a terminal (None)."""
+        return None if self.accelerator.is_main_process else True
+
     def _load_data(self) -> LongTailedData:
         return load_longtailed(self.recipe.data)
 
@@ -372,7 +377,7 @@ class Session:
             started, kept = time.perf_counter(), {}
             for part, pictures in parts.items():
                 loader = self._evaluation_loader(pictures)
-                batches = tqdm(loader, f"features, {part}", disable=not accelerator.is_main_process, leave=False)
+                batches = tqdm(loader, f"features, {part}", disable=self.without_bar, leave=False)
                 mirrored = part == "test" or (part == "train" and self.recipe.data.horizontal_flip)
                 with refusing(self.recipe):
                     found = encode(self.encoder, batches, mirrored, accelerator.gather_for_metrics)
@@ -539,7 +544,7 @@ class Session:
             return predict(model, batches, **options)
         loader = self._evaluation_loader(getattr(self.data, part))
         if part == "test":
-            loader = tqdm(loader, "testing", disable=None if self.accelerator.is_main_process else True, leave=False)
+            loader = tqdm(loader, "testing", disable=self.without_bar, leave=False)
         # Compiling for batches of another size takes longer, and what a GPU recorded belongs to training steps
         with torch.compiler.set_stance("force_eager"):
             return predict(model, or_exit(loader, self.recipe), self.accelerator.gather_for_metrics, **options)

@@ -131,7 +131,7 @@ def verify(args: Namespace) -> None:
         if not np.array_equal(labels_of(pictures), labels_of(originals)):
             sys.exit(f"error: the {part} pictures in {split.path}/data are not those of {part}_rows.txt: other labels")
         pairs = zip(records(pictures), records(originals) if stored else repeat(None), strict=False)
-        for row, (record, original) in enumerate(tqdm(pairs, part, len(pictures), leave=False)):
+        for row, (record, original) in enumerate(tqdm(pairs, part, len(pictures), leave=False, disable=None)):
             file = (original or record or {}).get("path")
             where = f"{part} row {row} (source row {rows[part][row]})" + (f", {file}" if file else "")
             if reason := defect(record):

@@ -300,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     pictures = loader.dataset
     model, loader = accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare(loader)
     plain = accelerator.unwrap_model(model)
-    bar = tqdm(loader, "testing", disable=not accelerator.is_main_process, leave=False)
+    bar = tqdm(loader, "testing", disable=None if accelerator.is_main_process else True, leave=False)
     counts = plain.config.class_counts or data.class_counts
     arrays = {}
     try:

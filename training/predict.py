@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> list[list[dict[str, str | float]]
                 yield image
 
         size = fitting(BATCH, model.config.pretrained_cfg["input_size"])
-        with tqdm(total=len(paths) if args.images else args.how_many, unit="picture", leave=False) as bar:
+        with tqdm(total=len(paths) if args.images else args.how_many, unit="picture", leave=False, disable=None) as bar:
             for best in classify(images(), batch_size=size, **wanted):
                 answers.append(best)
                 bar.update(len(answers) + len(broken) - bar.n)

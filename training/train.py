@@ -332,8 +332,7 @@ class Training(Session):
         fold_of = np.full(len(there), -1)
         labels, groups = self.train_set.labels[there], None if groups is None else groups[there]
         fold_of[there] = assign_folds(labels, groups, folds, self.recipe.seed)
-        alone = not self.accelerator.is_main_process or None  # None: where there is a terminal
-        for fold in tqdm(sorted({*fold_of} - {-1}), "calibration", disable=alone, leave=False):
+        for fold in tqdm(sorted({*fold_of} - {-1}), "calibration", disable=self.without_bar, leave=False):
             with TemporaryDirectory() as folder, closing(RunFolder(Path(folder) / "run")) as run:
                 yield Fold(self, torch.from_numpy(fold_of == fold), run).predict_held_out()
 
