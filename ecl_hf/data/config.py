@@ -51,10 +51,11 @@ class DataConfig:
     """Seed that chooses the images of the split; 0 is the published protocol, `first` takes each class's first ones."""
     split: str | None = None
     """Directory of a split that `training/data.py build` made: its pictures are taken, if it is of this protocol."""
-    augmentation: Literal["cifar", "imagenet", "plain", "rotated"] = "cifar"
+    augmentation: Literal["cifar", "imagenet", "plain", "rotated", "mild"] = "cifar"
     """Supervised view: `cifar` (crop, AutoAugment, Cutout), `imagenet` (resized crop, jitter, RandAugment), `plain`
-    (padded crop up to 64 pixels, resized crop and jitter above), with which most older methods were published, or
-    `rotated`, RIDE's and its successors' (the same, and up to 64 pixels turned by up to 15 degrees)."""
+    (padded crop up to 64 pixels, resized crop and jitter above), with which most older methods were published,
+    `rotated`, RIDE's and its successors' (the same, and up to 64 pixels turned by up to 15 degrees), or `mild` (crop of
+    half the picture at least, jitter), for pretrained encoders and few epochs."""
     streaming: bool = False
     """Read the training pictures while they are needed, and never store them all; for splits that are long-tailed
     already."""

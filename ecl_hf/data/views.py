@@ -187,7 +187,7 @@ def _padded_crop(data_config: dict[str, Any], horizontal_flip: bool) -> list[Cal
 
 def supervised_view(
     data_config: dict[str, Any],
-    augmentation: Literal["cifar", "imagenet", "plain", "rotated"] = "cifar",
+    augmentation: Literal["cifar", "imagenet", "plain", "rotated", "mild"] = "cifar",
     horizontal_flip: bool = True,
 ) -> View:
     """View for classification and contrastive queries.
@@ -197,21 +197,23 @@ def supervised_view(
         augmentation: "cifar": padded crop, CIFAR-10 AutoAugment policy, Cutout before normalising; "imagenet": resized
             crop, colour jitter 0.4, RandAugment n2 m10 mstd 0.5; "plain": what most methods before AutoAugment were
             published with, padded crop up to 64 pixels, resized crop and colour jitter 0.4 above; "rotated": RIDE's and
-            its successors', as plain, and up to 64 pixels turned by up to 15 degrees.
+            its successors', as plain, and up to 64 pixels turned by up to 15 degrees; "mild": resized crop of half the
+            picture at least and colour jitter 0.4, which pretrained encoders learn from in few epochs.
         horizontal_flip: mirror half of the pictures.
     """
     size = data_config["input_size"][-1]
     interpolation = str_to_interp_mode(data_config.get("interpolation", "bilinear"))
     flip = _flip(horizontal_flip)
     padded_crop = _padded_crop(data_config, horizontal_flip)
-    resized_crop = [T.RandomResizedCrop(size, interpolation=interpolation), *flip, ColorJitter(0.4, 0.4, 0.4)]
+    area = (0.5 if augmentation == "mild" else 0.08, 1.0)
+    resized_crop = [T.RandomResizedCrop(size, area, interpolation=interpolation), *flip, ColorJitter(0.4, 0.4, 0.4)]
     if augmentation == "cifar":
         policy = AutoAugment(T.AutoAugmentPolicy.CIFAR10, fill=GREY)
         steps = [*padded_crop, policy, to_pixels, Cutout(size // 2)]
     elif augmentation == "imagenet":
         options = {"img_mean": GREY, "translate_const": int(0.45 * size)}
         steps = [*resized_crop, rand_augment_transform("rand-m10-n2-mstd0.5", options), to_pixels]
-    elif size > SMALL:
+    elif size > SMALL or augmentation == "mild":
         steps = [*resized_crop, to_pixels]
     else:
         steps = [*padded_crop, *([T.RandomRotation(15)] if augmentation == "rotated" else []), to_pixels]

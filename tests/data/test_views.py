@@ -354,6 +354,8 @@ def published_views(config, augmentation):
         return T.Compose([*padded, flip, policy, end[0], Cutout(size // 2), end[1]])
     if augmentation == "rotated":
         return T.Compose([*padded, flip, T.RandomRotation(15), *end] if size <= 64 else [*resized, flip, jitter, *end])
+    if augmentation == "mild":
+        return T.Compose([T.RandomResizedCrop(size, (0.5, 1.0), interpolation=interpolation), flip, jitter, *end])
     if augmentation == "plain":
         return T.Compose([*padded, flip, *end] if size <= 64 else [*resized, flip, jitter, *end])
     options = {"img_mean": views.GREY, "translate_const": int(0.45 * size)}
@@ -363,7 +365,7 @@ def published_views(config, augmentation):
 @pytest.mark.parametrize(
     ("augmentation", "size"),
     [("cifar", 32), ("imagenet", 32), ("contrastive", 32), ("agreement", 32)]
-    + [(name, size) for name in ("plain", "rotated") for size in (32, 96)],
+    + [(name, size) for name in ("plain", "rotated", "mild") for size in (32, 96)],
 )
 def test_random_views_are_torchvisions_draw_by_draw(augmentation, size, monkeypatch):
     """Bit by bit the same, once both shift the hue in the same way."""
