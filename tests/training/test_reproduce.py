@@ -489,8 +489,8 @@ def test_table_of_methods_has_accuracy_beside_cost(tmp_path, tiny):
     text = page.read_text()
     assert "(methods.png)" in text
     assert page.with_suffix(".png").stat().st_size > 1000
-    place(tmp_path / "tiny", "ce", made_up(1, method="ce", loss={"tau": 3.0}))
-    with pytest.raises(SystemExit, match=r"different recipes.*loss\.tau"):
+    place(tmp_path / "tiny", "tde", made_up(1, method="tde", loss={"alpha": 3.0}))
+    with pytest.raises(SystemExit, match=r"different recipes.*loss\.alpha"):
         reproduce.main(["methods", *tiny, "--render_only", "--seeds", "0", "1"])
 
 
