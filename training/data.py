@@ -56,7 +56,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Namespace, DataConfig | None]:
         argv = ["build", *flags]
 
     build = FlagParser(description="Choose pictures by the data section of a recipe, and write the split.")
-    build.add_argument("--recipe", action=RecipeFile, help="Recipe: file or name; flags after it override it")
+    build.add_argument("--recipe", action=RecipeFile, help="Recipe: file or name; flags override it")
     Recipe.add_arguments(build, method)
     build.add_argument("--output", type=Path, required=True, help="Directory to write; it must not exist, or be empty")
     build.add_argument("--pictures", action="store_true", help="Copy the pictures too, as parquet files")

@@ -65,7 +65,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Recipe, Namespace]:
     """Read recipe file and flags; an unknown key or a wrong type ends the program with its name."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = FlagParser(prog="train.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--recipe", action=RecipeFile, help="YAML file, or a name; flags after it override it")
+    parser.add_argument("--recipe", action=RecipeFile, help="YAML file, or a name; flags override it")
     try:
         argv, method, left_out = prepare_flags(sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError) as error:

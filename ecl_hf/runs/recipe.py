@@ -253,21 +253,24 @@ def prepare_flags(argv: Sequence[str]) -> tuple[list[str], str, list[str]]:
     have are left out.
 
     Args:
-        argv: flags, `--recipe` with a file or a name among them; the last word about a key counts.
+        argv: flags, with `--recipe` and a file or a name anywhere among them; flags override it.
 
     Returns:
-        The flags, with such a file replaced by its content; the method; the settings that were left out.
+        The flags, recipes first, with such a file replaced by its content; the method; the settings that were left out.
 
     Raises:
         FileNotFoundError: there is no such recipe.
         ValueError: a flag or a file names settings that its method does not have, or a key that has no effect.
     """
-    flags, method, files, profile = [], "ecl", [], DataConfig.profile
-    words = iter(argv)
+    recipes, flags, words = [], [], iter(argv)
     for word in words:
         name, given, value = word.partition("=")
-        if name in ("--recipe", "--method", "--data.profile") and not given:
-            name, value = word, next(words, "")
+        if name in ("--recipe", "--method", "--data.profile"):
+            word = f"{name}={value if given else next(words, '')}"
+        (recipes if name == "--recipe" else flags).append(word)
+    flags = recipes + flags  # a parser lets what comes later override
+    method, profile, files = "ecl", DataConfig.profile, []
+    for name, _, value in (flag.partition("=") for flag in flags):
         if name == "--method":
             method = value
         elif name == "--data.profile":
@@ -276,10 +279,9 @@ def prepare_flags(argv: Sequence[str]) -> tuple[list[str], str, list[str]]:
             found = read_yaml(find_recipe(value))
             method = found.get("method", method)
             profile = found["data"].get("profile", profile) if isinstance(found.get("data"), dict) else profile
-            files.append((len(flags), found))
-        flags.append(f"{name}={value}" if name in ("--recipe", "--method", "--data.profile") else word)
+            files.append(found)
     left_out = []
-    for position, found in files:
+    for position, found in enumerate(files):
         kept, dropped = own_settings(found.get("method", method), found.get("loss"), method)
         if dropped:
             flags[position] = f"--recipe={json.dumps({**found, 'method': method, 'loss': kept})}"
@@ -287,6 +289,6 @@ def prepare_flags(argv: Sequence[str]) -> tuple[list[str], str, list[str]]:
     given = [flag.partition("=")[0].removeprefix("--") for flag in flags if flag.startswith("--")]
     check_settings(method, (key.removeprefix("loss.") for key in given if key.startswith("loss.")))
     check_profile(profile, given)
-    for _, found in files:
+    for found in files:
         check_file(found, profile)
     return flags, method, left_out

@@ -29,7 +29,7 @@ def find_recipe(name: str | Path) -> Path:
 
 
 class RecipeFile(ActionConfigFile):
-    """Action of the flag `--recipe`, a file, a name, or JSON: what it says, later flags override."""
+    """Action of the flag `--recipe`, a file, a name, or JSON: what it says, flags override."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Read the recipe that the flag names."""

@@ -1,4 +1,4 @@
-"""Recipes by name: from any folder, and with the flags after them."""
+"""Recipes by name: from any folder, and with flags that override them."""
 
 import shutil
 
@@ -45,6 +45,14 @@ def test_a_recipe_by_name_with_changes_is_that_of_the_flags(tmp_path):
     by_flags, _ = train.parse([*flags, "--output_dir=x"])
     assert Recipe.named("quickstart", **changes) == by_flags
     assert by_flags.optim.weight_decay == 0.005  # the file's
+
+
+def test_flags_override_a_recipe_that_comes_after_them(tmp_path):
+    flags = ["--method=bc", "--optim.lr=0.5", "--data.path", str(tmp_path), "--output_dir=x"]
+    after, _ = train.parse(["--recipe", "quickstart", *flags])
+    assert (after.method, after.optim.lr) == ("bc", 0.5)
+    assert train.parse([*flags, "--recipe", "quickstart"])[0] == after
+    assert train.parse([*flags, "--recipe=quickstart"])[0] == after
 
 
 def test_a_recipe_for_another_method_leaves_out_what_that_does_not_have():
