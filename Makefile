@@ -1,13 +1,13 @@
 # make quickstart   set up, train, test, classify, draw a report; RECIPE=training/recipes/cifar100_lt.yaml for another run
-# make test         set up and run the tests
-# make fast         set up and run the tests that start no other trainings
+# make test         set up and run the tests that start no other trainings
+# make test-all     the others too: trainings that are killed, several processes, compilers
 # make lint         set up and run ruff
 PYTHON ?= python3
 RECIPE ?= training/recipes/quickstart.yaml
 RUN ?= runs/$(basename $(notdir $(RECIPE)))
 ARGS ?=
 
-.PHONY: setup quickstart test fast lint
+.PHONY: setup quickstart test test-all lint
 
 setup: .venv/.installed
 
@@ -22,10 +22,10 @@ quickstart: setup
 	.venv/bin/python training/figures.py --run $(RUN)
 
 test: setup
-	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4
-
-fast: setup
 	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 -m "not slow"
+
+test-all: setup
+	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4
 
 lint: setup
 	.venv/bin/ruff check .

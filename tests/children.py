@@ -3,6 +3,7 @@
 They are forked from one process that has loaded the training script already, so that each takes a second and not ten.
 """
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -35,7 +36,13 @@ TINY = [
 """A run of two epochs of 6 steps each, with a checkpoint after each epoch."""
 
 
-def run(flags: Sequence[str], log: Path, environment: Mapping[str, str], fault: Callable[[], None] | None) -> None:
+def run(
+    script: str,
+    flags: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str],
+    fault: Callable[[], None] | None,
+) -> None:
     """What a child does: its output goes to a file, its exit code is that of the script."""
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
@@ -44,12 +51,11 @@ def run(flags: Sequence[str], log: Path, environment: Mapping[str, str], fault: 
     multiprocessing.set_start_method("fork", force=True)  # of loading processes, as it is outside of tests
     signal.signal(signal.SIGINT, signal.default_int_handler)
     import torch
-    from train import main
 
     torch.set_num_threads(1)
     if fault:
         fault()
-    main(flags)
+    importlib.import_module(script).main(flags)
 
 
 @dataclass
@@ -88,8 +94,18 @@ def start(
 ) -> Child:
     """Begin a training in a process of its own; `tiny` are the flags before the others."""
     log = log or folder.with_name(f"{folder.name}_{environment.get('RANK', 0)}.log")
-    arguments = ([*tiny, f"--output_dir={folder}", *flags], log, environment, fault)
-    process = context.Process(target=run, args=arguments)
+    return begin("train", [*tiny, f"--output_dir={folder}", *flags], log, environment, fault)
+
+
+def begin(
+    script: str,
+    flags: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str],
+    fault: Callable[[], None] | None = None,
+) -> Child:
+    """Begin `main` of a module in a process of its own."""
+    process = context.Process(target=run, args=(script, flags, log, environment, fault))
     process.start()
     return Child(process, log)
 
@@ -102,12 +118,17 @@ def start_connected(
     tiny: Sequence[str] = TINY,
 ) -> list[Child]:
     """Begin processes that train together; `faults` by their ranks."""
+    return [
+        start(folder, *flags, fault=(faults or {}).get(rank), tiny=tiny, **environment)
+        for rank, environment in enumerate(connections(processes))
+    ]
+
+
+def connections(processes: int) -> list[dict[str, str]]:
+    """What torchrun tells each of its processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
     common |= {"MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    return [
-        start(folder, *flags, fault=(faults or {}).get(rank), tiny=tiny, RANK=str(rank), LOCAL_RANK=str(rank), **common)
-        for rank in range(processes)
-    ]
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]

@@ -404,6 +404,7 @@ def test_default_configuration_does_not_stand_in(tmp_path, content):
         ECLForImageClassification.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_code_of_a_repository_runs_on_request_only(repository, tmp_path):
     """In a process that does not know the package."""
     harm = tmp_path / "harm"

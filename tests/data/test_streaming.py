@@ -1,9 +1,6 @@
 """Training pictures that are streamed: the same in every run, each once, and by one process alone."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -11,15 +8,19 @@ import numpy as np
 import pytest
 import torch
 import train
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
 
 from ecl_hf.data import streaming
 from ecl_hf.data.config import DataConfig
+from ecl_hf.data.loaders import ViewDataset, train_loader
 from ecl_hf.data.longtailed import load_longtailed
 from ecl_hf.data.pictures import BrokenPictureError
 from ecl_hf.data.streaming import StreamedViews, StreamSampler, stream_loader
+from tests.children import begin, connections
 
 NAMES = ["ant", "bee", "cow"]
 COUNTS = [24, 14, 8]
@@ -281,48 +282,33 @@ def test_training_resumes_within_an_epoch_bit_by_bit(tmp_path):
     assert results[0]["class_counts"] == COUNTS
 
 
-PROCESS = """
-import json, sys
-import datasets
-from accelerate import Accelerator
-from accelerate.data_loader import prepare_data_loader
-from ecl_hf.data.config import DataConfig
-from ecl_hf.data.loaders import ViewDataset, train_loader
-from ecl_hf.data.longtailed import load_longtailed
-from tests.data.test_streaming import FLAGS, PAUSE, config, loader, number
-import train
-
-datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = PAUSE
-
-folder, output = sys.argv[1:]
-accelerator = Accelerator()
-rank = accelerator.process_index
-stored = ViewDataset(load_longtailed(DataConfig(path=folder, profile="as_is")).train, {"number": number}, 3)
-data = load_longtailed(config(folder))
-seen = {"stored": [], "streamed": []}
-for epoch in (0, 1):
-    stored.epoch = epoch
-    streamed = prepare_data_loader(loader(data, epoch, 0, rank, 2), accelerator.device, 1, 0, put_on_device=True)
-    for name, batches in (("stored", accelerator.prepare(train_loader(stored, 8, 2))), ("streamed", streamed)):
-        seen[name].append([int(n) for batch in batches for n in batch["number"][:, 0, 0, 0]])
-with open(f"{output}/{rank}.json", "w") as file:
-    json.dump(seen, file)
-train.main([*FLAGS, f"--data.path={folder}", f"--output_dir={output}/run"])
-"""
+def main(arguments):
+    """What each of two processes sees of stored and streamed pictures, then a training; `children.begin` calls it."""
+    folder, output = arguments
+    datasets.config.HF_DATASETS_CACHE = f"{output}/cache"
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = PAUSE
+    accelerator = Accelerator()
+    rank = accelerator.process_index
+    stored = ViewDataset(load_longtailed(DataConfig(path=folder, profile="as_is")).train, {"number": number}, 3)
+    data = load_longtailed(config(folder))
+    seen = {"stored": [], "streamed": []}
+    for epoch in (0, 1):
+        stored.epoch = epoch
+        streamed = prepare_data_loader(loader(data, epoch, 0, rank, 2), accelerator.device, 1, 0, put_on_device=True)
+        for name, batches in (("stored", accelerator.prepare(train_loader(stored, 8, 2))), ("streamed", streamed)):
+            seen[name].append([int(n) for batch in batches for n in batch["number"][:, 0, 0, 0]])
+    Path(output, f"{rank}.json").write_text(json.dumps(seen))
+    train.main([*FLAGS, f"--data.path={folder}", f"--output_dir={output}/run"])
 
 
 @pytest.mark.slow
 def test_two_processes_never_see_the_same_picture_in_an_epoch(tmp_path):
-    folder, script = write(tmp_path / "data"), tmp_path / "process.py"
-    script.write_text(PROCESS)
-    root = Path(__file__).parents[2]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    paths = os.pathsep.join([str(root), str(root / "training")])
-    cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*torchrun, script, folder, tmp_path], env={**os.environ, **cache}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    arguments = [str(write(tmp_path / "data")), str(tmp_path)]
+    children = [
+        begin(__name__, arguments, tmp_path / f"{rank}.log", environment)
+        for rank, environment in enumerate(connections(2))
+    ]
+    assert [child.wait() for child in children] == [0, 0], [child.said for child in children]
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     for name in ("stored", "streamed"):
         for parts in zip(*(part[name] for part in seen), strict=True):

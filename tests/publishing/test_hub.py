@@ -385,6 +385,7 @@ def test_a_copy_that_cannot_be_written_does_not_stop_training(hub, model):
     assert hub.requests() == []
 
 
+@pytest.mark.slow
 def test_a_failed_upload_does_not_lose_the_run(hub, tmp_path, capsys):
     hub.fail("POST", "/preupload/", status=403, times=100)
     flags = [*TINY, "--output_dir", str(tmp_path / "run"), "--hub.push", "true", "--hub.every", "1"]

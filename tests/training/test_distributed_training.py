@@ -1,8 +1,6 @@
 """Two processes on one machine train as one."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,10 +15,9 @@ from safetensors.torch import load_file
 from ecl_hf.learning.stages import check_stages
 from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.methods import METHODS
-from tests.children import TINY, start, start_connected
+from tests.children import TINY, begin, connections, start, start_connected
 
 pytestmark = pytest.mark.slow
-SCRIPT = Path(__file__).parents[2] / "training" / "train.py"
 FLAGS = [
     "--method=ecl",
     "--data.source=digits",
@@ -31,17 +28,6 @@ FLAGS = [
     "--batch_size=16",
     "--epochs=2",
 ]
-
-
-def launch(processes: int, folder: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run(
-        [*torchrun, SCRIPT, *FLAGS, f"--output_dir={folder}", *flags],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def checkpoint(run: Path) -> dict[str, torch.Tensor]:
@@ -164,8 +150,8 @@ def test_two_processes_count_over_the_batch_of_both(tmp_path):
 def test_two_processes_test_each_picture_once(tmp_path):
     """400 pictures in batches of 256: the second process pads its part."""
     flags = ["--method=bc", "--model.architecture=resnet20_cifar", "--model.image_size=8", "--epochs=1"]
-    done = launch(2, tmp_path / "run", *flags, ACCELERATE_USE_CPU="true")
-    assert done.returncode == 0, done.stderr
+    children = start_connected(2, tmp_path / "run", *flags, tiny=FLAGS)
+    assert [child.wait() for child in children] == [0, 0], [child.said for child in children]
     ours = json.loads((tmp_path / "run" / "results.json").read_text())
     # One process repeats the test of the model that two have tested
     output = tmp_path / "one.json"
@@ -184,10 +170,10 @@ def test_two_processes_collect_the_same_arrays(tmp_path):
     PartialState._reset_state()
     flags = [f"--run={run}", "--landscape_images=20", "--batch_size=100"]
     evaluate.main([*flags, f"--output={tmp_path / 'one.json'}"])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [*torchrun, SCRIPT.with_name("evaluate.py"), *flags, f"--output={tmp_path / 'two.json'}"]
-    subprocess.run(command, env=environment, capture_output=True, check=True, timeout=300)
+    flags.append(f"--output={tmp_path / 'two.json'}")
+    logs = [tmp_path / f"{rank}.log" for rank in (0, 1)]
+    children = [begin("evaluate", flags, *child) for child in zip(logs, connections(2), strict=True)]
+    assert [child.wait() for child in children] == [0, 0], [child.said for child in children]
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert [result["machine"]["processes"] for result in (one, two)] == [1, 2]
     for key in ("test", "test_images", "reliability", "posthoc", "shifted"):
@@ -199,10 +185,12 @@ def test_two_processes_collect_the_same_arrays(tmp_path):
 
 
 def test_unconnected_processes_are_refused(tmp_path):
-    environment = {"ACCELERATE_USE_CPU": "false"}
+    """As torchrun starts them, where nothing says that CPUs are wanted."""
     if torch.cuda.is_available():
         pytest.skip("with GPUs, torchrun connects the processes")
-    done = launch(2, tmp_path / "run", **environment)
-    assert done.returncode != 0
-    assert "2 processes were launched, but each trains alone" in done.stderr
+    flags = [*FLAGS, f"--output_dir={tmp_path / 'run'}"]
+    environments = [{**environment, "ACCELERATE_USE_CPU": "false"} for environment in connections(2)]
+    children = [begin("train", flags, tmp_path / f"{rank}.log", environments[rank]) for rank in (0, 1)]
+    assert [child.wait() for child in children] == [1, 1]
+    assert all("2 processes were launched, but each trains alone" in child.said for child in children)
     assert not (tmp_path / "run").exists()

@@ -343,6 +343,7 @@ def test_timm_model_sees_the_same_pixels(run, tmp_path):
     assert ours(picture) == theirs(picture)
 
 
+@pytest.mark.slow
 def test_timm_export_needs_nothing_of_the_package(run, tmp_path):
     export.main(["--run", str(run.path), "--output", str(tmp_path / "out"), "--timm"])
     code = (

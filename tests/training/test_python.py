@@ -110,6 +110,7 @@ def test_report_evaluates_a_run_that_was_not_evaluated(tmp_path, monkeypatch):
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr("ecl_hf.training.figures.subprocess.run", evaluate)
+    monkeypatch.setattr("ecl_hf.training.figures.save", lambda *_: "")  # which takes seconds
     assert run.report().is_file()
     [[script, *flags]] = asked
     assert script.name == "evaluate.py"

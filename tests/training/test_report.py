@@ -64,6 +64,12 @@ def report(tmp_path_factory):
     return figures.main([*argv, f"--output={folder / 'out'}"])
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Without the seconds that writing the figures takes, for tests of the text."""
+    monkeypatch.setattr(figures, "save", lambda *_: "")
+
+
 class Collect(HTMLParser):
     def __init__(self):
         super().__init__()
@@ -143,7 +149,7 @@ def test_report_in_a_browser(report, tmp_path, width):
     assert seen["scripts"] == 0
 
 
-def test_a_single_model_without_run_folder(tmp_path):
+def test_a_single_model_without_run_folder(tmp_path, undrawn):
     run = make_run(tmp_path / "run", landscape=False)
     for name in ("results.json", "metrics.jsonl"):
         (run / name).unlink()
@@ -317,7 +323,7 @@ def test_strange_names_are_readable_and_do_nothing(strange, monkeypatch, capsys)
     assert not {"\x01", "\x1b", "\u202e"} & set(text)
 
 
-def test_each_class_is_in_the_table_worst_first(strange):
+def test_each_class_is_in_the_table_worst_first(strange, undrawn):
     text = figures.main([f"--run={strange}"]).read_text()
     rows = json.loads((strange / "evaluation.json").read_text())["classes"]
     table = text.partition('id="classes"')[2].partition("</table>")[0]
@@ -331,7 +337,7 @@ def test_each_class_is_in_the_table_worst_first(strange):
         assert scores == [f"{100 * row[name]:.1f}" for name in names]
 
 
-def test_an_older_evaluation_has_no_table_of_classes_and_no_features(strange):
+def test_an_older_evaluation_has_no_table_of_classes_and_no_features(strange, undrawn):
     evaluation = json.loads((strange / "evaluation.json").read_text())
     for name in ("classes", "worst", "confused"):
         evaluation.pop(name)

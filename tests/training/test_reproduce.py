@@ -2,12 +2,9 @@
 
 import csv
 import json
-import os
 import re
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +19,9 @@ from ecl_hf.evidence import tables
 from ecl_hf.methods import METHODS
 from ecl_hf.runs.checkpoints import seal
 from ecl_hf.runs.folder import RunFolder
+from ecl_hf.runs.interruption import STOPPED
 from ecl_hf.runs.recipe import Recipe
+from tests.children import begin
 
 ROOT = Path(__file__).parents[2]
 FLAGS = (
@@ -434,25 +433,23 @@ def test_features_of_other_pictures_are_not_given(tmp_path):
 
 
 @pytest.mark.slow
-def test_stopped_runs_go_on(tmp_path, tiny):
+def test_stopped_runs_go_on(tmp_path, tiny, monkeypatch, capfd):
     """SIGTERM reaches the runs that are going on, and the same command takes them up again."""
     flags = f"--flags={FLAGS} --epochs 4000 --train.checkpoint_every 4000"
     argv = ["methods", *tiny, "--seeds", "0", "--parallel=2", "--cells"]
-    command = [sys.executable, reproduce.__file__, *argv, "ce", "dive", "bc", flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with (tmp_path / "said").open("w") as said:
-        process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+    child = begin("reproduce", [*argv, "ce", "dive", "bc", flags], tmp_path / "said", {"OMP_NUM_THREADS": "1"})
     folders = [tmp_path / "runs/tiny" / name / "seed0" for name in ("ce", "bc")]
-    while process.poll() is None and not all((folder / "metrics.jsonl").exists() for folder in folders):
+    while child.process.is_alive() and not all((folder / "metrics.jsonl").exists() for folder in folders):
         time.sleep(0.1)
-    process.terminate()
-    assert process.wait(240) == 75, (tmp_path / "said").read_text()
-    assert "the same command goes on" in (tmp_path / "said").read_text()
+    child.process.terminate()
+    assert child.wait() == STOPPED, child.said
+    assert "the same command goes on" in child.said
     reached = max(int(path.name.split("_")[1]) for folder in folders for path in (folder / "checkpoints").iterdir())
+    started_here(monkeypatch, train_here)
     with pytest.raises(SystemExit, match=r"no finished run"):
         reproduce.main([*argv, "ce", "bc", f"{flags} --train.max_steps {reached + 1}"])
+    assert capfd.readouterr().out.count("continuing after step") == 2
     for folder in folders:
-        assert "continuing after step" in folder.with_suffix(".log").read_text()
         assert json.loads((folder / "results.json").read_text())["steps"] == reached + 1
 
 

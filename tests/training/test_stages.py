@@ -93,6 +93,7 @@ def lines(run):
     return [{key: value for key, value in line.items() if key != "images_per_second"} for line in logged]
 
 
+@pytest.mark.slow
 def test_stopped_anywhere_it_ends_with_the_same_weights(tmp_path):
     whole = train(tmp_path / "whole")
     assert [line["stage"] for line in lines(whole)] == ["one", "one", "two", "three"]

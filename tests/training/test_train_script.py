@@ -129,7 +129,8 @@ def test_whole_run_learns_and_follows_the_cosine(tmp_path):
     assert results["test"]["plain"]["ensemble"]["many"] is None  # no class of this split has more than 100 images
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
 def test_resumed_run_is_bit_identical(workers, tmp_path):
     flags = ["--method=ecl", f"--data.num_workers={workers}"]
     whole = train(tmp_path / "whole", *flags)
@@ -187,6 +188,7 @@ def test_seed_decides_the_run(tmp_path):
     assert not torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_accumulation_keeps_the_number_of_steps(tmp_path):
     flags = ["--method=bc", "--data.max_count=25", "--epochs=1"]  # 123 images: quarter batches would fill one step more
     runs = [train(tmp_path / str(n), *flags, f"--train.gradient_accumulation_steps={n}") for n in (1, 2, 4)]
