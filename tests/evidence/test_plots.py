@@ -118,13 +118,30 @@ def test_transfer():
     assert len(without.axes) == 2
 
 
+def draw_methods(*points):
+    """The axes, and its names with the points that they belong to."""
+    rows = [{"method": m, "many": x, "many_std": None, "few": y, "few_std": 1.0} for m, x, y in points]
+    axes = plots.plot_methods(rows).axes[0]
+    return axes, {text.get_text(): text for text in axes.texts if text.get_text()}
+
+
 def test_methods_that_none_is_ahead_of_have_a_colour():
-    points = [("a", 70.0, 10.0), ("b", 60.0, 20.0), ("c", 60.0, 5.0), ("d", 60.1, 5.1)]
-    points = [{"method": m, "many": x, "many_std": None, "few": y, "few_std": 1.0} for m, x, y in points]
-    axes = plots.plot_methods(points).axes[0]
-    assert {text.get_text(): text.xy for text in axes.texts} == {"a": (70, 10), "b": (60, 20), "c, d": (60, 5)}
+    axes, names = draw_methods(("a", 70.0, 10.0), ("b", 60.0, 20.0), ("c", 60.0, 5.0), ("d", 60.0, 5.0))
+    assert {name: text.xy for name, text in names.items()} == {"a": (70, 10), "b": (60, 20), "c, d": (60, 5)}
     colours = [bars.lines[0].get_color() for bars in axes.containers]
     assert colours[0] == colours[1] != colours[2] == colours[3]
+
+
+def test_names_of_close_methods_cover_nothing():
+    points = [(f"a_method_with_a_long_name_{i}", 50 + 0.3 * (i % 4), 20 + 0.2 * (i // 4)) for i in range(12)]
+    axes, names = draw_methods(*points, ("near 0", 0.0, 0.0), ("above", 30.0, 40.0))
+    boxes = [text.get_window_extent() for text in names.values()]
+    assert len(boxes) == 14
+    for i, box in enumerate(boxes):
+        assert axes.bbox.contains(*box.min)
+        assert axes.bbox.contains(*box.max)
+        assert not box.count_overlaps(boxes[:i])
+        assert not any(box.contains(*axes.transData.transform(point[1:])) for point in points)
 
 
 def test_expert_number_and_loss_weights():

@@ -1,12 +1,13 @@
 """Figures with a run as the unit: loss terms, Fig. 4, 5, 8 and 9, and what the class prior does."""
 
 from collections.abc import Sequence
-from itertools import cycle
+from itertools import cycle, product
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from ecl_hf.evidence.plots.style import COLOURS, Runs, make_panels, shared_legend, short, styled
 from ecl_hf.names import printable
@@ -99,15 +100,14 @@ def plot_loss_weights(points: Sequence[dict[str, Any]]) -> Figure:
 def plot_methods(points: Sequence[dict[str, Any]]) -> Figure:
     """Few-shot against many-shot accuracy, a point with its deviations for each method.
 
-    Methods that no other one is at least as good as in both are drawn in colour. Names of points that lie on each other
-    stand in one line.
+    Methods that no other one is at least as good as in both are drawn in colour. Names of equal points stand in one
+    line.
 
     Args:
         points: `method`, and in % `many` and `few` with their standard deviations `many_std`, `few_std` (None for one
             seed).
     """
     figure, (axes,) = make_panels(1, width=8.0, height=6.4)
-    spread = max(point["many"] for point in points) - min(point["many"] for point in points) or 1
     names: dict[tuple[float, float], list[str]] = {}
     for point in points:
         ahead = [other for other in points if other["many"] >= point["many"] and other["few"] >= point["few"]]
@@ -115,15 +115,34 @@ def plot_methods(points: Sequence[dict[str, Any]]) -> Figure:
         place, colour = (point["many"], point["few"]), COLOURS[0] if best else "#7F7F7F"
         errors = (point["few_std"] or 0, point["many_std"] or 0)
         axes.errorbar(*place, *errors, marker="o", markersize=4, elinewidth=0.6, color=colour)
-        near = (other for other in names if max(abs(a - b) for a, b in zip(place, other, strict=True)) < spread / 40)
-        names.setdefault(next(near, place), []).append(point["method"])
-    right = max(many for many, _ in names) - spread / 4
-    for place, methods in names.items():  # one line for those whose points lie on each other
-        offset, side = ((-4, 3), "right") if place[0] > right else ((4, 3), "left")
-        axes.annotate(", ".join(methods), place, offset, textcoords="offset points", ha=side, fontsize=7)
+        names.setdefault(place, []).append(point["method"])
     axes.set_xlabel("accuracy of many-shot classes in %")
     axes.set_ylabel("accuracy of few-shot classes in %")
+    figure.draw_without_rendering()  # now the layout is known
+    _name_points(axes, {place: ", ".join(methods) for place, methods in names.items()})
     return figure
+
+
+def _name_points(axes: Axes, names: dict[tuple[float, float], str]) -> None:
+    """Write a name beside each point, with a line to it, where it covers neither points nor other names.
+
+    Args:
+        axes: whose limits and place in the figure will not change.
+        names: of the points, by their coordinates.
+    """
+    covered = [Bbox.from_bounds(*(axes.transData.transform(place) - 4), 8, 8) for place in names]
+    directions = ((1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1))
+    for place, name in names.items():
+        text = axes.annotate(name, place, (0, 0), textcoords="offset points", va="center", fontsize=7)
+        for far, (x, y) in product((5, 10, 16, 24, 36, 54, 80, 120), directions):
+            text.set(position=(far * x, far * y), horizontalalignment="left" if x > 0 else "right")
+            box = text.get_window_extent()
+            inside = axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
+            if inside and not box.count_overlaps(covered):
+                break
+        covered.append(box)
+        line = {"arrowstyle": "-", "linewidth": 0.4, "color": "#7F7F7F", "shrinkA": 0, "shrinkB": 2}
+        axes.annotate("", place, text.get_position(), textcoords="offset points", arrowprops=line)
 
 
 @styled
