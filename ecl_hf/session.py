@@ -61,6 +61,7 @@ from ecl_hf.learning.tuning import (
     encode,
     read_features,
     start_at_class_means,
+    takes_class_means,
     write_features,
 )
 from ecl_hf.methods import METHODS
@@ -418,7 +419,8 @@ class Session:
                 if k and torch.equal(features[:, k], features[:, 0]):
                     rows = bootstrap(labels, draw_seed(self.recipe.seed, self.progress.stage, k))
                 for head in (expert.head, *(self.plain.references or [])[k : k + 1]):
-                    start_at_class_means(head, features[rows, k], labels[rows])
+                    if takes_class_means(head, self.plain.stage):
+                        start_at_class_means(head, features[rows, k], labels[rows], self.recipe.model.classifier_scale)
             if self.plain.average is not None:
                 self.plain.average.set(self.model)
 

@@ -24,9 +24,9 @@ class ModelConfig:
     """Rank of `lora`, or width of `adapter`; LIFT's rule when not given: the largest power of two with which they have
     no more weights than the classifier, at least 1."""
     head_init: Literal["random", "class_means"] = "random"
-    """Cosine classifiers start at random, or at the directions of the classes' mean features, which suits a pretrained
-    encoder. Experts with the same encoder start at means over bootstrap samples, and so nearly alike: K > 1 pays there
-    only with a method that drives experts apart."""
+    """Cosine and linear classifiers start at random, or at the directions of the classes' mean features, which suits a
+    pretrained encoder; so do those that a later stage of a method begins anew. Experts with the same encoder start at
+    means over bootstrap samples, and so nearly alike: K > 1 pays there only with a method that drives experts apart."""
     num_experts: int | None = None
     """Number of experts K; the method's own when not given: 3 for most that train several."""
     teacher: str | None = None
@@ -39,7 +39,8 @@ class ModelConfig:
     classifier: Literal["linear", "cosine"] = "linear"
     """Kind of the classification heads, where the method does not bring its own."""
     classifier_scale: float = 16.0
-    """Scale of the cosine classifier; not used by the linear one."""
+    """Scale of the cosine classifier. The linear one has none, but starts like a cosine one of this scale with
+    `head_init` class_means."""
     args: dict[str, Any] | None = None
     """More arguments of timm's for the encoders: {widths: [16, 24, 48]} of CIFAR ResNets, {channels: ...} of others."""
     image_size: int | None = None

@@ -7,9 +7,10 @@ import torch
 
 from ecl_hf.checks import require
 from ecl_hf.data.samplers import instance
-from ecl_hf.heads import HEADS, ECLCosineHead, describe_head
+from ecl_hf.heads import HEADS, describe_head
 from ecl_hf.learning.config import ModelConfig
 from ecl_hf.learning.low_rank import merge_low_rank
+from ecl_hf.learning.tuning import takes_class_means
 from ecl_hf.methods.base import HeadContext, Method, Stage
 from ecl_hf.modeling_ecl import ECLForImageClassification
 
@@ -67,8 +68,8 @@ def idle_keys(
         found.append(
             f"model.classifier {config.classifier} does nothing: {name} has {method.head.kind} heads of its own"
         )
-    if config.head_init == "class_means" and not isinstance(model.experts[0].head, ECLCosineHead):
-        found.append(f"model.head_init class_means does nothing: the heads of {name} are no cosine classifiers")
+    if config.head_init == "class_means" and not takes_class_means(model.experts[0].head, method.stages[0]):
+        found.append(f"model.head_init class_means does nothing: the heads of {name} have a start of their own")
     if compiled and (model.sides is not None or any("branches" in stage.needs for stage in method.stages)):
         found.append(f"train.compile does nothing: {name} looks into the encoders, which are compiled as a whole")
     return found

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 from ecl_hf.backbones import AdaptFormer, adaptable_blocks, add_adapters
 from ecl_hf.files import check_regular, replacing
-from ecl_hf.heads import ECLCosineHead
+from ecl_hf.heads import ECLCosineHead, ECLHead
 from ecl_hf.learning.config import ModelConfig
 from ecl_hf.learning.low_rank import LowRank, add_low_rank, find_layers
 from ecl_hf.learning.optimiser import NORMS
-from ecl_hf.methods.base import Method
+from ecl_hf.methods.base import Method, Stage
 from ecl_hf.modeling_ecl import ECLForImageClassification
 
 TUNERS = {"lora": LowRank, "adapter": AdaptFormer}
@@ -249,19 +249,30 @@ def bootstrap(labels: Tensor, seed: int) -> Tensor:
     return order[(counts.cumsum(0) - counts)[sorted_labels] + within]
 
 
+def takes_class_means(head: nn.Module, stage: Stage) -> bool:
+    """Whether `start_at_class_means` gives a stage's head a start: cosine classifiers, and linear ones as they are.
+
+    A linear head that the stage made itself has a start of its own: a bias with which every class is answered by no.
+    """
+    return isinstance(head, ECLCosineHead) or (type(head) is ECLHead and not callable(stage.heads))
+
+
 @torch.no_grad()
-def start_at_class_means(head: nn.Module, features: Tensor, labels: Tensor) -> None:
-    """Set the rows of a cosine classifier to the directions of the classes' mean directions; other heads stay.
+def start_at_class_means(head: ECLCosineHead | ECLHead, features: Tensor, labels: Tensor, scale: float) -> None:
+    """Set the rows of a cosine or linear classifier to the directions of the classes' mean directions.
+
+    The rows of a linear classifier get the length with which its logits are those of a cosine classifier of this scale,
+    on features of average length.
 
     Args:
         head: of an expert.
         features: of the training pictures, [N, D].
         labels: class indices, [N]; a class without pictures keeps the direction of its row.
+        scale: of a cosine classifier that a linear one is to start as.
     """
-    if isinstance(head, ECLCosineHead):
-        means = torch.zeros(head.weight.shape).index_add_(0, labels, F.normalize(features, dim=-1))
-        seen = torch.bincount(labels, minlength=len(means)) > 0
-        rows = torch.where(seen[:, None], F.normalize(means, dim=-1), F.normalize(head.weight.cpu(), dim=-1))
-        head.weight.copy_(rows)
-        if head.bias is not None:
-            head.bias.zero_()
+    means = torch.zeros(head.weight.shape).index_add_(0, labels, F.normalize(features, dim=-1))
+    seen = torch.bincount(labels, minlength=len(means)) > 0
+    rows = torch.where(seen[:, None], F.normalize(means, dim=-1), F.normalize(head.weight.cpu(), dim=-1))
+    head.weight.copy_(rows if isinstance(head, ECLCosineHead) else rows * scale / features.norm(dim=-1).mean())
+    if head.bias is not None:
+        head.bias.zero_()

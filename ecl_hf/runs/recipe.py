@@ -79,11 +79,6 @@ class Recipe:
                 not self.data.streaming,
                 "model.head_init class_means looks at all training pictures first, which data.streaming does not allow",
             )
-            require(
-                METHODS[self.method].head is not None or self.model.classifier == "cosine",
-                "model.head_init class_means is a start for cosine classifiers: set model.classifier cosine, or "
-                "model.head_init random",
-            )
 
     @property
     def epochs_of_stages(self) -> list[int]:

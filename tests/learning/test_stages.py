@@ -217,7 +217,7 @@ def test_a_missing_teacher_is_told_how_to_make():
     [
         ("bc", []),
         ("ldam", ["model.classifier"]),
-        ("crt", ["model.classifier", "model.head_init"]),
+        ("crt", ["model.classifier"]),
         ("reslt", ["model.classifier", "model.head_init", "train.compile"]),
         ("tcl", ["model.classifier", "train.compile"]),
     ],

@@ -4,12 +4,21 @@ import os
 
 import pytest
 import torch
-from torch import nn
 
 from ecl_hf import ECLConfig, ECLForImageClassification
-from ecl_hf.heads import ECLCosineHead
+from ecl_hf.heads import ECLCosineHead, ECLHead
+from ecl_hf.learning.config import ModelConfig
+from ecl_hf.learning.initialise import initialise_model
+from ecl_hf.learning.stages import begin_heads
 from ecl_hf.learning.task import CollaborativeTask
-from ecl_hf.learning.tuning import bootstrap, encode, read_features, start_at_class_means, write_features
+from ecl_hf.learning.tuning import (
+    bootstrap,
+    encode,
+    read_features,
+    start_at_class_means,
+    takes_class_means,
+    write_features,
+)
 from ecl_hf.methods import METHODS
 
 
@@ -35,17 +44,36 @@ def test_head_at_class_means_is_the_nearest_direction():
     head = ECLCosineHead(5, 3, scale=4.0)
     untouched = head.weight[2].detach().clone()
     features, labels = 3 * torch.rand(8, 5), torch.tensor([0, 1, 0, 1, 1, 0, 0, 0])
-    start_at_class_means(head, features, labels)
+    start_at_class_means(head, features, labels, 4.0)
     for c in range(2):
         mean = torch.stack([row / row.norm() for row, label in zip(features, labels, strict=True) if label == c]).mean(
             0
         )
         torch.testing.assert_close(head.weight[c], mean / mean.norm())
     torch.testing.assert_close(head.weight[2], untouched / untouched.norm())
-    linear = nn.Linear(5, 3)
-    weight = linear.weight.detach().clone()
-    start_at_class_means(linear, features, labels)
-    assert torch.equal(linear.weight, weight)
+
+
+def test_linear_head_at_class_means_starts_as_a_cosine_one():
+    linear, cosine = ECLHead(5, 3), ECLCosineHead(5, 3, scale=4.0)
+    cosine.load_state_dict(linear.state_dict())  # the third class has no picture: it keeps its direction
+    features, labels = 3 * torch.rand(8, 5), torch.tensor([0, 1, 0, 1, 1, 0, 0, 0])
+    for head in (linear, cosine):
+        start_at_class_means(head, features, labels, 4.0)
+    norms = features.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(linear(features), cosine(features) * norms / norms.mean())
+
+
+METHODS_TO_START = {"bc": True, "crt": True, "ldam": True, "cb_focal": False, "reslt": False, "tde": False}
+
+
+@pytest.mark.parametrize(("method", "takes"), METHODS_TO_START.items())
+def test_heads_with_a_start_of_their_own_keep_it(method, takes):
+    """The bias of cb_focal's answers every class by no; reslt's and tde's heads have parts before the classifier."""
+    config = ModelConfig(architecture="resnet20_cifar", classifier="cosine")
+    model = initialise_model(config, METHODS[method], [9, 5, 2], ["a", "b", "c"], METHODS[method].settings())
+    stage = METHODS[method].stages[0]
+    begin_heads(model, stage, METHODS[method].settings())
+    assert takes_class_means(model.experts[0].head, stage) == takes
 
 
 def test_bootstrap_draws_as_many_pictures_of_each_class():
