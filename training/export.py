@@ -79,9 +79,14 @@ def export(args: Namespace, results: dict[str, Any] | None, directory: Path) -> 
     source = str(args.model or RunFolder(args.run).model)
     expert = args.expert
     if results:
-        tested, there = len(results["test"]["plain"]["experts"]), ECLConfig.from_pretrained(source).num_experts
+        config = ECLConfig.from_pretrained(source)
+        tested, there = len(results["test"]["plain"]["experts"]), config.num_experts
         if tested != there:
             raise ValueError(f"the results are those of {tested} expert(s), but {source} has {there}")
+        if len(results["class_counts"]) != config.num_labels:
+            raise ValueError(
+                f"the results are those of {len(results['class_counts'])} classes, but {source} has {config.num_labels}"
+            )
     if args.timm and expert is None:
         expert = best_expert(results) or 0
     model = ECLForImageClassification.from_pretrained(source, experts=None if expert is None else [expert])

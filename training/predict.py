@@ -86,14 +86,17 @@ def write_answers(file: Path, names: Sequence[str], answers: Sequence[Answer]) -
     write_atomically(file, as_csv(rows))
 
 
-def test_pictures(run: RunFolder, how_many: int) -> Iterator[Picture]:
-    """Pictures of a run's test split with their class names, spread evenly over it."""
+def test_pictures(run: RunFolder, how_many: int, broken: list[str]) -> Iterator[Picture]:
+    """Pictures of a run's test split with their class names, spread evenly over it; those without picture as above."""
     config = Recipe.of_run(run.recipe_file).data
     data = load_longtailed(config)
     stored = data.test.cast_column("image", datasets.Image(decode=False))
-    for i in np.linspace(0, len(stored) - 1, how_many).astype(int).tolist():
+    for i in np.linspace(0, len(stored) - 1, min(how_many, len(stored))).astype(int).tolist():
         record = stored[i]
-        yield data.class_names[record["label"]], decode(record["image"], f"test row {i}", config.max_pixels)
+        try:
+            yield data.class_names[record["label"]], decode(record["image"], f"test row {i}", config.max_pixels)
+        except BrokenPictureError as error:
+            broken.append(str(error))
 
 
 @speaking()
@@ -108,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> list[list[dict[str, str | float]]
     parser.add_argument("--top_k", type=PositiveInt, default=2, help="Classes to print for each picture")
     parser.add_argument("--flip", action="store_true", help="Average the logits of each picture and its mirror image")
     parser.add_argument("--disagreement", action="store_true", help="Also print how much the experts differ, in nats")
-    parser.add_argument("--how_many", type=PositiveInt, default=8, help="Test pictures to classify")
+    parser.add_argument("--how_many", type=PositiveInt, default=8, help="Test pictures to classify, at most")
     parser.add_argument("--output", type=Path | None, help="Write all answers to this .csv or .json file")
     parser.add_argument(
         "--estimate_prior", action="store_true", help="Find the class frequencies of the pictures, and answer with them"
@@ -116,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> list[list[dict[str, str | float]]
     args = parser.parse_args(argv)
     if args.output and args.output.suffix not in (".csv", ".json"):
         parser.error(f"output {args.output} must end in .csv or .json")
+    if args.output and not args.output.parent.is_dir():
+        parser.error(f"output: there is no directory {args.output.parent}")
     if args.run is None and (args.model is None or not args.images):
         parser.error("give --run, or --model with picture files")
     datasets.disable_progress_bars()
@@ -128,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> list[list[dict[str, str | float]]
             paths = find_pictures(args.images)
             pictures = partial(readable, paths, broken)
         else:
-            pictures = partial(test_pictures, RunFolder(args.run), args.how_many)
+            pictures = partial(test_pictures, RunFolder(args.run), args.how_many, broken)
         source = args.model or RunFolder(args.run).model
         model = ECLForImageClassification.from_pretrained(source).eval()
         # By the configuration, which was checked; a repository's file for the processor could say anything
@@ -151,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> list[list[dict[str, str | float]]
                 yield image
 
         size = fitting(BATCH, model.config.pretrained_cfg["input_size"])
-        with tqdm(total=len(paths) if args.images else args.how_many, unit="picture", leave=False, disable=None) as bar:
+        with tqdm(total=len(paths) if args.images else None, unit="picture", leave=False, disable=None) as bar:
             for best in classify(images(), batch_size=size, **wanted):
                 answers.append(best)
                 bar.update(len(answers) + len(broken) - bar.n)

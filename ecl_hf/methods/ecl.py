@@ -190,6 +190,13 @@ def _method(settings: type[BalancedSettings], *terms: Term) -> Method:
     return Method((Stage(terms),), settings)
 
 
+PAPERS = {
+    "ce": "Cross-entropy, the baseline, in ECL's paper too (Xu et al., IEEE TMM 2023)",
+    "bc": "Balanced softmax (Ren et al., NeurIPS 2020), the balanced cross-entropy of ECL (Eq. 3)",
+    "bc_ensemble": "Independent networks with balanced softmax (Ren et al., NeurIPS 2020), the baseline of ECL",
+}
+"""What is not ECL's own."""
+
 METHODS: dict[str, Method] = {
     # Single networks
     "ce": Method((Stage((PLAIN,)),), Settings, experts=Experts(1, most=1), logit_prior="train"),

@@ -5,7 +5,8 @@ take up more of the space; then a linear classifier on the frozen encoder.
 
 Read: LTH14/targeted-supcon@c4f15eb moco/builder.py, main_moco_supcon_imba.py, main_lincls_imba.py, which has KCL beside
 TSC (`tsc.py`). Departure: in the second stage the code leaves the frozen encoder's BatchNorm in training mode, against
-its own comment; here it is in evaluation mode.
+its own comment; here it is in evaluation mode. The two views of a picture are drawn alike there; here the query is the
+recipe's supervised view and the key its contrastive one, which changes colours more and blurs.
 
 Published top-1 (TSC's paper): ImageNet-LT 51.5 (ResNet-50, 400 epochs, then 40 of the classifier).
 """

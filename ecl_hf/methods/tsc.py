@@ -12,7 +12,8 @@ Departures: targets that fit a regular simplex are computed and not searched for
 the step, so that a batch meets the assignment of the batches before it (there: its own counts already); all data sets
 are trained with a queue, where the CIFAR code contrasts batches of 1024; the last stage trains the classifier with
 cross-entropy, as published for ImageNet-LT, on CIFAR too, where it is 200 epochs of LDAM-DRW; the frozen encoder's
-BatchNorm is in evaluation mode.
+BatchNorm is in evaluation mode; the query is the recipe's supervised view and the key its contrastive one, which are
+drawn alike there.
 
 Published top-1: CIFAR-10-LT at imbalance 10/50/100 88.7/82.9/79.7, CIFAR-100-LT 59.0/47.4/43.8 (1000 epochs, then 200
 of LDAM-DRW); ImageNet-LT 52.4 (KCL 51.5), iNaturalist 2018 69.7 (ResNet-50, 400 epochs, then 40 of the classifier).

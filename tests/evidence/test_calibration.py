@@ -13,14 +13,25 @@ def test_temperature_is_the_likeliest_one(truth):
     logits, prior = 3 * torch.randn(4000, 5), torch.tensor([0.5, 0.2, 0.1, 0.1, 0.1]).log()
     labels = torch.multinomial((logits / truth + prior).softmax(-1), 1)[:, 0]
     found = fit_temperature(logits, labels, prior)
+    targets = F.one_hot(labels, 5).double() * 4000 / 4002 + 2 / 4002 / 5
     best = minimize_scalar(
-        lambda log: F.cross_entropy(logits.double() / torch.tensor(log).double().exp() + prior.double(), labels).item(),
+        lambda log: F.cross_entropy(logits.double() / torch.tensor(log).double().exp() + prior, targets).item(),
         bounds=(-4, 4),
         method="bounded",
         options={"xatol": 1e-9},
     )
     assert found == pytest.approx(torch.tensor(best.x).exp().item(), rel=1e-5)
     assert found == pytest.approx(truth, rel=0.1)
+
+
+def test_pictures_that_are_all_right_leave_the_confidence_below_one():
+    labels = torch.arange(40) % 2
+    logits = F.one_hot(labels, 2) * torch.linspace(0.3, 2, 40)[:, None]
+    prior = torch.zeros(2)
+    sure = (logits / fit_temperature(logits, labels, prior)).softmax(-1).gather(1, labels[:, None])
+    assert 0.95 < sure.mean() < 0.99
+    few = (logits[:4] / fit_temperature(logits[:4], labels[:4], prior)).softmax(-1).gather(1, labels[:4, None])
+    assert few.mean() < sure.mean()
 
 
 def test_prior_of_unlabelled_pictures_is_found():

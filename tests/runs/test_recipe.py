@@ -173,6 +173,12 @@ def test_defaults_are_the_papers():
     assert {key: values[key] for key in PAPER} == PAPER
 
 
+def test_every_recipe_of_imagenet_tests_on_the_split_with_labels():
+    recipes = [Recipe.from_file(file) for file in FILES if "source: imagenet_lt" in file.read_text()]
+    assert len(recipes) > 10
+    assert {recipe.data.test_split for recipe in recipes} == {"validation"}
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_recipe_files(file):
     recipe = Recipe.from_file(file)

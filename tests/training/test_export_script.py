@@ -419,6 +419,7 @@ def test_flags_that_do_not_fit(flags, message, capsys):
     [
         (lambda r: r["test"]["plain"]["experts"].pop(), [], r"are those of 2 expert\(s\), but .* has 3"),
         (lambda r: r["test"]["plain"]["experts"].pop(), ["--timm"], r"are those of 2 expert\(s\), but .* has 3"),
+        (lambda r: r.update(class_counts=[9] * 7), [], r"are those of \d+ classes, but .* has \d+"),
         (lambda r: r["test"].pop("flip"), ["--timm"], "lacks something that the card says: KeyError"),
         (lambda r: r.pop("machine"), [], "lacks something that the card says: .*machine"),
         (lambda r: r["recipe"].update(model="x"), [], "lacks something that the card says"),

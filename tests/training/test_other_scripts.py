@@ -25,6 +25,7 @@ from train import main as train
 from ecl_hf import ECLForImageClassification
 from ecl_hf.data.loaders import evaluation_loader
 from ecl_hf.data.longtailed import load_longtailed
+from ecl_hf.data.pictures import BrokenPictureError
 from ecl_hf.data.views import evaluation_view
 from ecl_hf.losses import transfer_weights
 from ecl_hf.runs.checkpoints import seal
@@ -58,6 +59,27 @@ def test_test_pictures_go_through_the_pipeline(run, capsys):
         assert [answer["label"] for answer in best] == [str(int(c)) for c in top.indices]
         assert [answer["score"] for answer in best] == pytest.approx(top.values.tolist(), abs=1e-5)
         assert best[0]["label"] in printed
+
+
+def test_a_broken_test_picture_is_listed_and_none_comes_twice(run, capsys, monkeypatch):
+    found, original = load_longtailed(Recipe.from_file(run / "recipe.yaml").data), predict.decode
+    few = replace(found, test=found.test.select(range(4)))
+    monkeypatch.setattr(predict, "load_longtailed", lambda _: few)
+
+    def decode(record, name, *more):
+        if name == "test row 2":
+            raise BrokenPictureError(f"{name}: empty file")
+        return original(record, name, *more)
+
+    monkeypatch.setattr(predict, "decode", decode)
+    assert len(predict.main([f"--run={run}", "--how_many=100"])) == 3
+    assert "1 pictures could not be decoded:\ntest row 2: empty file" in capsys.readouterr().out
+
+
+def test_a_missing_folder_for_answers_is_named_before_the_work(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        predict.main(["--model=nowhere", "x.png", f"--output={tmp_path / 'missing' / 'answers.csv'}"])
+    assert f"output: there is no directory {tmp_path / 'missing'}" in capsys.readouterr().err
 
 
 def test_picture_files_of_any_mode(run, tmp_path):
