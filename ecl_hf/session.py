@@ -170,7 +170,10 @@ class Session:
             self.data = self._load_data()
         images = sum(self.data.class_counts)
         if recipe.batch_size > images:
-            raise ValueError(f"batch_size {recipe.batch_size} exceeds the training split of {images} images")
+            raise ValueError(
+                f"batch_size {recipe.batch_size} exceeds the training split of {images} images: take "
+                f"--batch_size {images} or less"
+            )
         self.steps_per_epoch = images // recipe.batch_size
         self.total_steps = recipe.epochs * self.steps_per_epoch
         self.last_step = min(self.total_steps, recipe.train.max_steps or self.total_steps)
