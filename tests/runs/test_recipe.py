@@ -137,7 +137,10 @@ CHANGES = {
         "model.architecture": "resnet20_cifar",
         "model.image_size": 16,
         "loss.sup_reduction": "sum",
-        "optim.lr": 0.05,
+        "optim.lr": 0.1,
+        "optim.nesterov": True,
+        "optim.weight_decay": 0.0002,
+        "optim.warmup_epochs": 5.0,
     },
     "quickstart": {
         "epochs": 20,
