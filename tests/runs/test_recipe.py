@@ -140,7 +140,7 @@ CHANGES = {
         "optim.lr": 0.1,
         "optim.nesterov": True,
         "optim.weight_decay": 0.0002,
-        "optim.warmup_epochs": 5.0,
+        "optim.warmup_epochs": 3.0,
     },
     "quickstart": {
         "epochs": 20,
