@@ -62,6 +62,15 @@ def test_every_expert_starts_from_the_weights_of_the_file(architecture, num_clas
     assert len({parameter.data_ptr() for parameter in model.parameters()}) == len(list(model.parameters()))
 
 
+def test_a_file_serves_an_encoder_whose_published_weights_have_a_format_of_their_own(tmp_path):
+    architecture = "vit_tiny_patch16_224"
+    assert timm.get_pretrained_cfg(architecture).custom_load  # timm before 1.0.31 expects that format of any file
+    state = random_weights(architecture, 1000)
+    model = initialise(architecture=architecture, pretrained=write(tmp_path / "a.safetensors", state), num_experts=1)
+    own = model.experts[0].backbone.state_dict()
+    assert all(torch.equal(own[key], value) for key, value in state.items() if not key.startswith("head."))
+
+
 @pytest.mark.parametrize("pretrained", [False, True])
 def test_global_generator_decides_what_is_drawn(pretrained, tmp_path):
     source = write(tmp_path / "a.safetensors", random_weights("resnet20_cifar")) if pretrained else False
