@@ -91,7 +91,7 @@ def test_version_is_the_same_everywhere():
 
 
 def test_measured_rows_are_those_of_the_results():
-    table = (ROOT / "training/results/cifar10_lt_small/table.md").read_text().splitlines()
+    table = (ROOT / "training/results/cifar10_lt_small_large_decay/table.md").read_text().splitlines()
     header = next(line for line in table if line.startswith("| method | model |"))
     lines = RESULTS.splitlines()
     first = lines.index(header) + 2
@@ -103,12 +103,13 @@ def test_measured_rows_are_those_of_the_results():
 @pytest.mark.parametrize(
     ("name", "begin", "only"),
     [
-        ("cifar10_lt_small/table3", "| method | BKT |", {}),
+        ("cifar10_lt_small_large_decay/table3", "| method | BKT |", {}),
         (
-            "cifar10_lt_small/shared_stages",
+            "cifar10_lt_small_large_decay/shared_stages",
             "| method | top1 | many | medium | few | ece | parameters |",
             {"model": "ensemble", "flip": "yes"},
         ),
+        ("cifar10_lt_small/methods", "| method | top1 | many | medium | few | ece | device |", {}),
         ("cifar100_lt_features/methods", "| method | top1 | many | medium | few | ece | training, min |", {}),
     ],
 )

@@ -3,8 +3,10 @@
 import csv
 import io
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 from ecl_hf.names import in_spreadsheet
@@ -104,12 +106,15 @@ def method_rows(results: dict[str, Results], cells: dict[str, dict[str, str]]) -
         cells: cell -> the columns that describe it beside its name.
     """
     found = sorted(results, key=lambda cell: -mean_and_deviation(group_scores(results[cell])["top1"])[0])
+    devices = {cell: sorted({run["machine"]["device"] for run in runs}) for cell, runs in results.items()}
+    several = len(set(chain(*devices.values()))) > 1  # of which each has its own times and counts its own memory
     table = []
     for cell in found:
         runs = results[cell]
         minutes = [run["training_seconds"] / 60 for run in runs]
         peaks = [run.get("peak_memory_bytes") for run in runs]
         cost = {
+            "device": ", ".join(devices[cell]) if several else "",
             "training, min": f"{statistics.mean(minutes):.1f}"
             + (f" ± {statistics.stdev(minutes):.1f}" if len(minutes) > 1 else ""),
             "peak memory, MiB": "not measured" if None in peaks else f"{max(peaks) / 2**20:.0f}",
@@ -197,17 +202,24 @@ def curve_rows(results: dict[str, Results], cells: dict[str, dict[str, str]]) ->
 def provenance(every: Results) -> list[str]:
     """Lines on what the results of one recipe come from."""
     first = every[0]
-    machine, versions = first["machine"], first["versions"]
     images = sorted({sum(result["class_counts"]) for result in every}, reverse=True)
     groups = ", ".join(f"{group} {count}" for group, count in first["shot_groups"].items())
     one_split = len(images) == 1
+    machines = Counter(map(describe_machine, every)).most_common()
     return [
         f"Training images: {', '.join(map(str, images))}. Test images: {first['test_images']}."
         + (f" Classes: {groups}." if one_split else ""),
         f"Trained at commit {', '.join(sorted({str(result['commit']) for result in every}))}.",
-        f"Machine: {machine['platform']}, {machine['device']}, {machine['threads_per_process']} thread(s) a process;",
-        f"torch {versions['torch']}, timm {versions['timm']}, transformers {versions['transformers']}.",
+        *(f"Machine{f' of {count} runs' if len(machines) > 1 else ''}: {machine}." for machine, count in machines),
     ]
+
+
+def describe_machine(result: dict[str, Any]) -> str:
+    """What a run was tested on."""
+    machine, versions = result["machine"], result["versions"]
+    threads = f"{machine['threads_per_process']} thread(s) a process"
+    used = ", ".join(f"{name} {versions[name]}" for name in ("torch", "timm", "transformers"))
+    return f"{machine['platform']}, {machine['device']}, {threads}; {used}"
 
 
 def markdown(title: str, lines: Sequence[str], rows: Sequence[dict[str, str]], missing: Sequence[str]) -> str:

@@ -142,6 +142,15 @@ CHANGES = {
         "optim.weight_decay": 0.0002,
         "optim.warmup_epochs": 3.0,
     },
+    "cifar10_lt_small_large_decay": {
+        "epochs": 150,
+        "data.source": "uoft-cs/cifar10",
+        "data.max_count": 500,
+        "model.architecture": "resnet20_cifar",
+        "model.image_size": 16,
+        "loss.sup_reduction": "sum",
+        "optim.lr": 0.05,
+    },
     "quickstart": {
         "epochs": 20,
         "batch_size": 32,

@@ -491,6 +491,21 @@ def test_table_of_methods_has_accuracy_beside_cost(tmp_path, tiny):
         reproduce.main(["methods", *tiny, "--render_only", "--seeds", "0", "1"])
 
 
+def test_table_says_which_machine_each_run_had(tmp_path, tiny):
+    gpu = {"machine": {"platform": "there", "device": "a GPU", "threads_per_process": 1}}
+    for name, top1, machine in (("ce", 0.2, {}), ("bc", 0.3, gpu), ("tde", 0.4, gpu)):
+        place(tmp_path / "tiny", name, made_up(0, top1, method=name) | machine)
+    flags = [*tiny, "--render_only", "--seeds", "0"]
+    (page,) = reproduce.main(["methods", *flags])
+    assert [row["device"] for row in read(page.with_suffix(".csv"))] == ["a GPU", "a GPU", "cpu"]
+    text = page.read_text()
+    assert "Machine of 2 runs: there, a GPU, 1 thread(s) a process; torch 1, timm 2, transformers 3.\n" in text
+    assert "Machine of 1 runs: here, cpu, " in text
+    (page,) = reproduce.main(["methods", *flags, "--cells", "bc", "tde"])
+    assert "\nMachine: there, a GPU, " in page.read_text()
+    assert "| device |" not in page.read_text()
+
+
 def test_table_says_which_epoch_was_tested(tmp_path, tiny):
     place(tmp_path / "tiny", "bc", made_up(0, data={"val_fraction": 0.1}))
     (page,) = reproduce.main(["comparison", *tiny, "--render_only", "--seeds", "0"])
@@ -512,16 +527,23 @@ def test_settings_that_a_method_does_not_have_are_not_compared():
     assert tables.differing_settings([old, made_up(1, method="ncl")]) == {"loss.queue_size"}
 
 
-@pytest.mark.parametrize("target", ["comparison", "table3"])
-def test_committed_tables_are_those_of_the_committed_results(tmp_path, target):
+@pytest.mark.parametrize(
+    ("target", "recipe", "seeds"),
+    [
+        ("comparison", "cifar10_lt_small_large_decay", "012"),
+        ("table3", "cifar10_lt_small_large_decay", "012"),
+        ("shared_stages", "cifar10_lt_small_large_decay", "012"),
+        ("methods", "cifar10_lt_small", "0"),
+    ],
+)
+def test_committed_tables_are_those_of_the_committed_results(tmp_path, target, recipe, seeds):
     """Rendering again from the files beside them changes nothing."""
-    shutil.copytree(ROOT / "training/results/cifar10_lt_small", tmp_path / "cifar10_lt_small")
-    (page,) = reproduce.main(
-        [target, "--scale=small", "--render_only=true", f"--runs_dir={tmp_path}", f"--results_dir={tmp_path}"]
-    )
+    results = ROOT / "training/results" / recipe
+    shutil.copytree(results, tmp_path / recipe)
+    flags = [f"--recipes={recipe}", "--scale=small", "--render_only=true", f"--runs_dir={tmp_path}"]
+    (page,) = reproduce.main([target, *flags, f"--results_dir={tmp_path}", "--seeds", *seeds])
     for suffix in (".md", ".csv"):
-        committed = ROOT / "training/results/cifar10_lt_small" / page.with_suffix(suffix).name
-        assert page.with_suffix(suffix).read_text() == committed.read_text()
+        assert page.with_suffix(suffix).read_text() == (results / page.with_suffix(suffix).name).read_text()
 
 
 def test_output_of_a_training_follows_no_link(tmp_path, monkeypatch):
