@@ -149,3 +149,14 @@ def ncl_distillation(logits, labels, class_counts, num_hard):
             teacher, student = ncl_views(logits[k][i], class_counts, hard), ncl_views(logits[q][i], class_counts, hard)
             loss += sum(divergence(p, s) for p, s in zip(teacher, student, strict=True))
     return loss / (num_experts - 1) / len(labels) if num_experts > 1 else 0.0
+
+
+def balanced_likelihood(scores, labels, frequencies, temperature):
+    """Negative log-likelihood for equally frequent classes, smoothed by the effective number of images."""
+    weights = [1 / frequencies[label] for label in labels]
+    effective = math.fsum(weights) ** 2 / math.fsum(weight**2 for weight in weights)
+    share, losses = 2 / (effective + 2), []
+    for image, label, weight in zip(scores, labels, weights, strict=True):
+        log_p = log_softmax([score / temperature for score in image])
+        losses.append(-weight * ((1 - share) * log_p[label] + share * math.fsum(log_p) / len(log_p)))
+    return math.fsum(losses) / math.fsum(weights)

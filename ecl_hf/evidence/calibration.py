@@ -9,10 +9,14 @@ RANGE = (0.01, 100.0)
 
 
 def fit_temperature(logits: Tensor, labels: Tensor, prior: Tensor) -> float:
-    """The temperature T that makes `softmax(z / T + prior)` likeliest (Guo et al., ICML 2017, Sec. 4.2).
+    """The temperature T that makes `softmax(z / T)` likeliest (Guo et al., ICML 2017, Sec. 4.2).
 
-    The likelihood is concave in 1 / T, so that halving the interval finds its top. It has none where all N pictures are
-    right: as in Platt's scaling (1999, Sec. 2.2), a share of 2 / (N + 2) of each label is spread over the classes.
+    Pictures are weighted so that classes are as frequent as the logits take them to be: else the frequent ones, of
+    which a model is surer, would choose a temperature that makes it too sure of all others.
+
+    The likelihood is concave in 1 / T, so that halving the interval finds its top. It has none where all pictures are
+    right: as in Platt's scaling (1999, Sec. 2.2), a share of 2 / (N + 2) of each label is spread over the classes. N is
+    the effective number of weighted pictures (Kish, 1965): their squared sum over their sum of squares.
 
     Args:
         logits: raw logits z of pictures that were not trained on, [N, C].
@@ -22,13 +26,13 @@ def fit_temperature(logits: Tensor, labels: Tensor, prior: Tensor) -> float:
     Returns:
         A number in 0.01..100.
     """
-    logits, prior = logits.double(), prior.double()
-    spread = 2 / (len(labels) + 2)
+    logits, weights = logits.double(), (-prior.double())[labels].softmax(0)
+    spread = 2 / (1 / weights.square().sum().item() + 2)
     low, high = 1 / RANGE[1], 1 / RANGE[0]
     for _ in range(60):
         sharpness = torch.tensor((low + high) / 2, dtype=torch.float64, requires_grad=True)
-        loss = F.cross_entropy(sharpness * logits + prior, labels, label_smoothing=spread)
-        [slope] = torch.autograd.grad(loss, sharpness)
+        losses = F.cross_entropy(sharpness * logits, labels, label_smoothing=spread, reduction="none")
+        [slope] = torch.autograd.grad(weights @ losses, sharpness)
         low, high = (low, sharpness.item()) if slope > 0 else (sharpness.item(), high)
     return 2 / (low + high)
 

@@ -22,6 +22,7 @@ from ecl_hf.learning.tuning import FrozenEncoder, check_kept_features
 from ecl_hf.methods import METHODS
 from ecl_hf.methods.base import Method, Stage
 from ecl_hf.runs.recipe import Recipe
+from tests.reference import balanced_likelihood
 from tests.training.test_train_script import TINY, assert_same_run, fresh_accelerate  # noqa: F401 (a fixture)
 
 SMALL = [flag for flag in TINY if not flag.startswith(("--data.source", "--data.max_count", "--data.imbalance_factor"))]
@@ -113,9 +114,7 @@ def test_epoch_and_temperature_are_chosen_on_the_validation_pictures(train):
     assert temperature != 1
 
     def likelihood(other):
-        prior = torch.tensor(data.class_counts).double().log()
-        shifted = logits.double() * temperature / other + prior
-        return torch.nn.functional.cross_entropy(shifted, labels, label_smoothing=2 / (len(labels) + 2)).item()
+        return balanced_likelihood((logits * temperature).tolist(), labels.tolist(), data.class_counts, other)
 
     assert likelihood(temperature) <= min(likelihood(1.02 * temperature), likelihood(temperature / 1.02))
 
@@ -150,11 +149,9 @@ def test_temperature_by_cross_validation_costs_no_picture(train, monkeypatch):
     labels = torch.cat([found.labels for found in asked])
     config = ECLConfig.from_pretrained(run / "model")
     assert config.logit_prior == "uniform"
-    prior = counts.double().log()
 
     def likelihood(temperature):
-        spread = 2 / (len(labels) + 2)
-        return torch.nn.functional.cross_entropy(logits / temperature + prior, labels, label_smoothing=spread).item()
+        return balanced_likelihood(logits.tolist(), labels.tolist(), counts.tolist(), temperature)
 
     assert config.temperature != 1
     assert likelihood(config.temperature) <= min(likelihood(factor * config.temperature) for factor in (0.98, 1.02))
