@@ -398,6 +398,7 @@ class Training(Session):
             "paper": PAPERS.get(self.recipe.method),
             **describe_model(self.model),
             "calibration_seconds": self.calibration_seconds,
+            "classifier": self.model.config.classifier,  # the method's own, if it has one, and not the recipe's
             "mixed_precision": self.mixed_precision,
             "pretrained_weights": pretrained_tag(self.recipe.model),
             **self.environment,

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 from train import main
 
-from ecl_hf import ECLForImageClassification
+from ecl_hf import ECLConfig, ECLForImageClassification
 from ecl_hf.learning.task import CollaborativeTask
 from ecl_hf.methods import METHODS
 from ecl_hf.publishing.hub import BackgroundUpload
@@ -94,6 +94,7 @@ def test_every_method_trains_and_exports_only_what_inference_needs(method, tmp_p
     results = json.loads((run / "results.json").read_text())
     experts = METHODS[method].num_experts(None)
     assert len(results["test"]["plain"]["experts"]) == experts
+    assert results["classifier"] == ECLConfig.from_pretrained(run / "model").classifier
     assert not results["finished"]
     assert results["machine"]["processes"] == 1
     parts = [key.split(".") for key in weights(run)]
