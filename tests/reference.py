@@ -152,10 +152,9 @@ def ncl_distillation(logits, labels, class_counts, num_hard):
 
 
 def balanced_likelihood(scores, labels, frequencies, temperature):
-    """Negative log-likelihood for equally frequent classes, smoothed by the effective number of images."""
+    """Negative log-likelihood for equally frequent classes, smoothed by the number of images."""
     weights = [1 / frequencies[label] for label in labels]
-    effective = math.fsum(weights) ** 2 / math.fsum(weight**2 for weight in weights)
-    share, losses = 2 / (effective + 2), []
+    share, losses = 2 / (len(labels) + 2), []
     for image, label, weight in zip(scores, labels, weights, strict=True):
         log_p = log_softmax([score / temperature for score in image])
         losses.append(-weight * ((1 - share) * log_p[label] + share * math.fsum(log_p) / len(log_p)))

@@ -2,7 +2,7 @@
 
     python training/figures.py --run runs/ecl
     python training/figures.py --run runs/ecl --run runs/bc --names ECL "independent networks" --output figures
-    python training/figures.py --run runs/ecl --results training/results/cifar10_lt_small    # with tables, Fig. 4, 5
+    python training/figures.py --run runs/ecl --results training/results/cifar10_lt_small_large_decay  # with tables
 
 Everything is drawn from saved arrays: `evaluation.json` and `.npz`, which `evaluate.py` writes (it is run here for a
 run folder that has none), `metrics.jsonl` and `results.json` of the run, and tables of `reproduce.py`. Each figure

@@ -15,8 +15,7 @@ def fit_temperature(logits: Tensor, labels: Tensor, prior: Tensor) -> float:
     which a model is surer, would choose a temperature that makes it too sure of all others.
 
     The likelihood is concave in 1 / T, so that halving the interval finds its top. It has none where all pictures are
-    right: as in Platt's scaling (1999, Sec. 2.2), a share of 2 / (N + 2) of each label is spread over the classes. N is
-    the effective number of weighted pictures (Kish, 1965): their squared sum over their sum of squares.
+    right: as in Platt's scaling (1999, Sec. 2.2), a share of 2 / (N + 2) of each label is spread over the classes.
 
     Args:
         logits: raw logits z of pictures that were not trained on, [N, C].
@@ -27,7 +26,7 @@ def fit_temperature(logits: Tensor, labels: Tensor, prior: Tensor) -> float:
         A number in 0.01..100.
     """
     logits, weights = logits.double(), (-prior.double())[labels].softmax(0)
-    spread = 2 / (1 / weights.square().sum().item() + 2)
+    spread = 2 / (len(labels) + 2)
     low, high = 1 / RANGE[1], 1 / RANGE[0]
     for _ in range(60):
         sharpness = torch.tensor((low + high) / 2, dtype=torch.float64, requires_grad=True)
