@@ -177,7 +177,7 @@ def _pretrained(
     name, overlay = architecture, None
     if isinstance(source, str):
         if Path(source).is_file():
-            overlay = {"file": source, "custom_load": False}  # which of some ViTs means Google's own format
+            overlay = {"file": source, "custom_load": False}  # else timm before 1.0.31 reads some ViTs' as .npz
         elif Path(source).suffix in (".safetensors", ".pth", ".pt", ".bin") or Path(source).exists():
             raise FileNotFoundError(f"model.pretrained {source} is not a file")
         else:
