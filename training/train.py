@@ -309,7 +309,7 @@ class Training(Session):
         return {f"val/{name}": scores[name] for name in ("top1", "balanced", "macro_f1", "ece")}
 
     def _calibrate(self) -> None:
-        """Find the temperature on pictures that a model was not trained on, as frequent as the training pictures."""
+        """Find the temperature on pictures that a model was not trained on."""
         started = time.perf_counter()
         if self.data.val is not None:
             parts = [self._predict("val", self.model)]
@@ -321,7 +321,8 @@ class Training(Session):
             self.say("no temperature was found: there is no second picture of any class")
             return
         logits, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("ensemble_logits", "labels"))
-        shift = log_prior_shift([max(n, 1) for n in self.data.class_counts], self.model.carried_prior())
+        counts = labels.bincount(minlength=logits.shape[1]).clamp_min(1).tolist()
+        shift = log_prior_shift(counts, self.model.carried_prior())
         self.model.config.temperature *= fit_temperature(logits, labels, shift)
         self.calibration_seconds = time.perf_counter() - started
         self.say(f"temperature {self.model.config.temperature:.2f}, found on {len(labels)} pictures")

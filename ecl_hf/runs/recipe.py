@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,14 @@ class Recipe:
         parser.add_class_arguments(settings_of(method), "loss", help=f"settings of {method}")
 
     @classmethod
+    @cache
+    def _parser(cls, method: str) -> ArgumentParser:
+        """A parser of recipes of a method; building one takes longer than reading a recipe."""
+        parser = ArgumentParser(exit_on_error=False)
+        cls.add_arguments(parser, method)
+        return parser
+
+    @classmethod
     def from_arguments(cls, parser: ArgumentParser, arguments: Namespace) -> "Recipe":
         """The recipe among parsed arguments; a value out of range is a ValueError that names its key."""
         for section in ("loss", *(item.name for item in fields(cls) if is_dataclass(item.type))):
@@ -108,8 +117,7 @@ class Recipe:
         try:
             method = found.get("method", "ecl")
             check_settings(method, found["loss"] if isinstance(found.get("loss"), dict) else ())
-            parser = ArgumentParser(exit_on_error=False)
-            cls.add_arguments(parser, method)
+            parser = cls._parser(method)
             return cls.from_arguments(parser, parser.parse_path(path))
         except (ArgumentError, ValueError) as error:
             raise ValueError(f"recipe {path}: {error}") from error
@@ -130,8 +138,7 @@ class Recipe:
     @classmethod
     def _from_tree(cls, tree: dict[str, Any], method: str) -> "Recipe":
         tree = {key: value for key, value in tree.items() if value != {}}
-        parser = ArgumentParser(exit_on_error=False)
-        cls.add_arguments(parser, method)
+        parser = cls._parser(method)
         return cls.from_arguments(parser, parser.parse_object(json.loads(json.dumps(tree, default=os.fspath))))
 
     @classmethod

@@ -219,6 +219,7 @@ def test_training_stops_and_names_the_broken_picture(tree, flags):
     assert not (tree / "run" / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_training_and_test_go_on_without_broken_pictures(tree, capsys):
     flags = [*TINY, f"--data.path={tree / 'data'}", "--data.on_error=skip"]
     run = train.main([*flags, f"--output_dir={tree / 'run'}"])

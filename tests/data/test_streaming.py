@@ -269,6 +269,7 @@ def run(folder, *flags):
     return train.main([*FLAGS, f"--output_dir={folder}", *flags])
 
 
+@pytest.mark.slow
 def test_training_resumes_within_an_epoch_bit_by_bit(tmp_path):
     data = f"--data.path={write(tmp_path / 'data')}"
     whole = run(tmp_path / "whole", data)

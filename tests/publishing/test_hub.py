@@ -353,6 +353,7 @@ TINY = [
 ]
 
 
+@pytest.mark.slow
 def test_training_uploads_at_the_end_and_on_the_way(hub, tmp_path, capsys):
     run = train.main([*TINY, "--output_dir", str(tmp_path / "run"), "--hub.push", "true", "--hub.every", "1"])
     titles = [commit.title for commit in HfApi().list_repo_commits(REPO)]

@@ -84,7 +84,8 @@ def test_output_that_nobody_takes_ends_no_run_and_commands_reach_no_terminal(end
     assert capsys.readouterr().err == "\N{REPLACEMENT CHARACTER}[31msecond\n"
 
 
-def test_report_of_a_run_is_a_page(tmp_path, capsys):
+def test_report_of_a_run_is_a_page(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ecl_hf.training.figures.save", lambda *_: "")  # which takes seconds
     run = Run(make_run(tmp_path / "run"))
     page = run.report()
     assert page == run.path / "figures" / "report.html"
@@ -110,7 +111,7 @@ def test_report_evaluates_a_run_that_was_not_evaluated(tmp_path, monkeypatch):
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr("ecl_hf.training.figures.subprocess.run", evaluate)
-    monkeypatch.setattr("ecl_hf.training.figures.save", lambda *_: "")  # which takes seconds
+    monkeypatch.setattr("ecl_hf.training.figures.save", lambda *_: "")
     assert run.report().is_file()
     [[script, *flags]] = asked
     assert script.name == "evaluate.py"

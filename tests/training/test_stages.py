@@ -111,7 +111,7 @@ def test_stopped_anywhere_it_ends_with_the_same_weights(tmp_path):
     assert {type(expert.head).__name__ for expert in model.experts} == {"ECLHead"}
 
 
-@pytest.mark.parametrize("pieces", [2, 4])
+@pytest.mark.parametrize("pieces", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_accumulation_gives_the_step_of_the_whole_batch(pieces, tmp_path, monkeypatch):
     """A class-weighted mean is that of the step, not of its pieces; LayerNorm, since BatchNorm sees the pieces."""
     method = Method((Stage((Term("weighted", weighted),)),), settings=METHODS["bc"].settings)
@@ -123,6 +123,7 @@ def test_accumulation_gives_the_step_of_the_whole_batch(pieces, tmp_path, monkey
         torch.testing.assert_close(more[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_the_average_is_tested_and_published(tmp_path):
     plain = weights(train(tmp_path / "plain", "--method=bc", "--model.num_experts=1"))
     averaged = train(tmp_path / "averaged", "--method=bc", "--model.num_experts=1", "--optim.ema=0.9")

@@ -81,7 +81,7 @@ def teacher_flags(tmp_path_factory):
     return flags
 
 
-SEVERAL_KINDS = ("ecl", "bbn", "crt", "kcl", "m2m", "ride_distilled")
+SEVERAL_KINDS = ("ecl", "bbn", "crt", "kcl")
 
 
 @pytest.mark.parametrize(
@@ -224,6 +224,7 @@ def test_crash_between_checkpoints_loses_nothing(tmp_path, monkeypatch):
     assert_same_run(whole, parts)
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_equal_one_batch(tmp_path):
     flags = ["--method=bkt", "--model.architecture=test_vit", "--model.image_size=32", "--epochs=1"]
     runs = [train(tmp_path / str(n), *flags, f"--train.gradient_accumulation_steps={n}") for n in (1, 2)]
