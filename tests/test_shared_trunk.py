@@ -183,7 +183,7 @@ def test_fewer_activations_kept_are_the_same_gradients(architecture, model_args)
     kept = []
     for task in tasks:
         sizes = {}
-        with saved_tensors_hooks(lambda x, sizes=sizes: sizes.setdefault(x.data_ptr(), x.nbytes) and x, lambda x: x):
+        with saved_tensors_hooks(lambda x, sizes=sizes: (x, sizes.setdefault(x.data_ptr(), x.nbytes))[0], lambda x: x):
             out = task(images, labels)
         kept.append(sum(sizes.values()))
         with counted_once(task):
@@ -228,7 +228,7 @@ def test_trunks_run_once_and_keep_their_activations_once():
         for trunk in filter(None, [task.model.trunk, task.momentum_trunk]):
             trunk.register_forward_hook(lambda *_: calls.append(1))
         images, sizes = torch.randn(2, 6, 3, 16, 16), {}
-        with saved_tensors_hooks(lambda x, sizes=sizes: sizes.setdefault(x.data_ptr(), x.nbytes) and x, lambda x: x):
+        with saved_tensors_hooks(lambda x, sizes=sizes: (x, sizes.setdefault(x.data_ptr(), x.nbytes))[0], lambda x: x):
             output = task(images[0], torch.tensor([0, 1, 2, 0, 1, 0]), images[1])  # held, so that no address is reused
         kept.append(sum(sizes.values()))
         del output

@@ -275,17 +275,19 @@ def save_timm(model: ECLForImageClassification, expert: int, directory: Path) ->
     with torch.no_grad():
         if not torch.allclose(plain(image), model.float().eval()(image).expert_logits[:, expert], rtol=1e-3, atol=1e-3):
             raise ValueError(f"{config.architecture} treats features differently with a classifier: can't be exported")
+    views = {key: tuple(v) if isinstance(v, list) else v for key, v in config.pretrained_cfg.items()}
+    plain.pretrained_cfg = {**plain.pretrained_cfg, **views}
     timm.models.save_for_hf(
         plain,
         directory,
         model_config={"label_names": [config.id2label[c] for c in range(config.num_labels)]},
         model_args=config.model_args,
         safe_serialization=True,
-        data_config={key: tuple(v) if isinstance(v, list) else v for key, v in config.pretrained_cfg.items()},
     )
     file = Path(directory) / "config.json"
     written = json.loads(file.read_text(encoding="utf-8"))
-    written["model_args"].pop("num_classes", None)  # stated elsewhere too, and transformers stumbles over the second
+    # Newer versions of timm write it here too, and transformers stumbles over the second
+    written.get("model_args", {}).pop("num_classes", None)
     file.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 

@@ -34,7 +34,7 @@ FLAGS = [
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", PAUSE)  # after each epoch
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", PAUSE, raising=False)  # each epoch
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
