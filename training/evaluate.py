@@ -274,6 +274,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     transformers.utils.logging.set_verbosity_error()
     accelerator = Accelerator()
     try:
+        if args.run is not None:
+            RunFolder(args.run).find_model()
         if args.output:
             check_output(args.output)
         config = (Recipe.from_file if args.run is None else Recipe.of_run)(args.recipe).data

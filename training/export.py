@@ -123,8 +123,8 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     try:
         if args.output and args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
             raise FileExistsError(f"output {args.output} exists and is not an empty directory")
-        if args.run and not RunFolder(args.run).model.is_dir():
-            raise FileNotFoundError(f"{args.run} holds no model; is it the folder of a finished run?")
+        if args.run:
+            RunFolder(args.run).find_model()
         file = find_results(args)
         results = None if file is None else read_results(file, {"recipe.data": dict})
         beside = args.output.absolute().parent if args.output else None

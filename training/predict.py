@@ -129,12 +129,12 @@ def main(argv: Sequence[str] | None = None) -> list[list[dict[str, str | float]]
 
     broken: list[str] = []
     with refusing():
+        source = args.model or RunFolder(args.run).find_model()
         if args.images:
             paths = find_pictures(args.images)
             pictures = partial(readable, paths, broken)
         else:
             pictures = partial(test_pictures, RunFolder(args.run), args.how_many, broken)
-        source = args.model or RunFolder(args.run).model
         model = ECLForImageClassification.from_pretrained(source).eval()
         # By the configuration, which was checked; a repository's file for the processor could say anything
         processor = transformers.TimmWrapperImageProcessor(model.config.pretrained_cfg, model.config.architecture)

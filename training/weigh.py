@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     with refusing():
         if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
             raise FileExistsError(f"output {args.output} exists and is not an empty directory")
-        source = args.model or str(RunFolder(args.run).model)
+        source = args.model or str(RunFolder(args.run).find_model())
         model = ECLForImageClassification.from_pretrained(source).eval()
         check(model, source)
         dataset, what = unlabelled(args)

@@ -263,6 +263,15 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.lock = FolderLock(self.path)
 
+    def find_model(self) -> Path:
+        """Directory of the published model; FileNotFoundError if there is none.
+
+        `from_pretrained` would take the name of a missing directory for that of a repository.
+        """
+        if not self.model.is_dir():
+            raise FileNotFoundError(f"{self.path} holds no model; is it the folder of a finished run?")
+        return self.model
+
     def expect(self, model: ECLForImageClassification) -> None:
         """Let files of this model have the bytes that they can need, and no more.
 

@@ -16,6 +16,7 @@ import numpy as np
 import predict
 import pytest
 import torch
+import weigh
 import yaml
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
@@ -74,6 +75,15 @@ def test_a_broken_test_picture_is_listed_and_none_comes_twice(run, capsys, monke
     monkeypatch.setattr(predict, "decode", decode)
     assert len(predict.main([f"--run={run}", "--how_many=100"])) == 3
     assert "1 pictures could not be decoded:\ntest row 2: empty file" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", [evaluate, predict, weigh])
+def test_a_run_that_is_not_there_is_not_looked_for_on_the_hub(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    output = ["--output=new"] if script is weigh else []
+    with pytest.raises(SystemExit, match=r"^error: nowhere holds no model; is it the folder of a finished run"):
+        script.main(["--run=nowhere", *output])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_folder_for_answers_is_named_before_the_work(tmp_path, capsys):
