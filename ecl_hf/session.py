@@ -354,14 +354,15 @@ class Session:
         # Each process has its part already: Accelerate moves the batches and divides nothing.
         return prepare_data_loader(loader, self.accelerator.device, 1, 0, put_on_device=True)
 
-    def _evaluation_loader(self, pictures: datasets.Dataset) -> DataLoader:
+    def _evaluation_loader(self, part: str) -> DataLoader:
         config, data = self.model.config.pretrained_cfg, self.recipe.data
         on_error = "mark" if data.on_error == "skip" else "raise"
         loader = evaluation_loader(
-            pictures,
+            getattr(self.data, part),
             evaluation_view(config),
             fitting(256, config["input_size"]),
             data.num_workers,
+            split=part,
             on_error=on_error,
             max_pixels=data.max_pixels,
         )
@@ -379,8 +380,8 @@ class Session:
         [there, fingerprint] = broadcast_object_list([kept is not None, fingerprint])
         if not there:
             started, kept = time.perf_counter(), {}
-            for part, pictures in parts.items():
-                loader = self._evaluation_loader(pictures)
+            for part in parts:
+                loader = self._evaluation_loader(part)
                 batches = tqdm(loader, f"features, {part}", disable=self.without_bar, leave=False)
                 mirrored = part == "test" or (part == "train" and self.recipe.data.horizontal_flip)
                 with refusing(self.recipe):
@@ -547,7 +548,7 @@ class Session:
             batches = in_batches(self.kept[f"{part}.features"], labels)
             batches = ({name: value.to(self.accelerator.device) for name, value in batch.items()} for batch in batches)
             return predict(model, batches, **options)
-        loader = self._evaluation_loader(getattr(self.data, part))
+        loader = self._evaluation_loader(part)
         if part == "test":
             loader = tqdm(loader, "testing", disable=self.without_bar, leave=False)
         # Compiling for batches of another size takes longer, and what a GPU recorded belongs to training steps

@@ -390,7 +390,7 @@ class Training(Session):
         if not self.accelerator.is_main_process:
             return
         counts, names = self.data.class_counts, self.data.class_names
-        defects = self._evaluation_loader(self.data.test).dataset.defects(predictions.left_out[:10])
+        defects = self._evaluation_loader("test").dataset.defects(predictions.left_out[:10])
         finished = self.complete
         carried = torch.as_tensor(self.model.carried_prior())
         results = describe_run(self.recipe, self.progress, predictions, counts, names, carried, defects, finished)

@@ -131,6 +131,12 @@ def read_class_folders(root: Path, config: DataConfig) -> tuple[dict[str, datase
         parts = {"train": parts["train"] if _is_split(parts["train"]) else root}
         if parts["train"] == root and (found := _folders(root)) and SPLITS.issuperset(found):
             raise ValueError(f"{root} has no split {config.train_split!r} (data.train_split); it has {listed(found)}")
+        if parts["train"] != root and _is_split(root / config.test_split):
+            warnings.warn(
+                f"{root / config.test_split} is not used: data.test_fraction cuts a test split from the training "
+                "pictures; --data.test_fraction null tests on the folder",
+                stacklevel=2,
+            )
     there = {key: _folders(part) for key, part in parts.items()}
     class_names = sorted(set().union(*there.values()))
     if strange := [name for name in class_names if not _encodable(name)]:

@@ -87,7 +87,8 @@ def test_folder_with_splits(train, test, tmp_path):
     assert data.class_counts == [6, 6, 7]
     assert values(data.train) == list(range(19))
     assert values(data.test) == list(range(100, 106))
-    held_out = load_longtailed(as_is(tmp_path / "data", train_split=train, test_fraction=0.2))
+    with pytest.warns(UserWarning, match=rf"data/{test} is not used: data\.test_fraction cuts .*test_fraction null"):
+        held_out = load_longtailed(as_is(tmp_path / "data", train_split=train, test_split=test, test_fraction=0.2))
     assert sorted(values(held_out.train) + values(held_out.test)) == list(range(19))
 
 

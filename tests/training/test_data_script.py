@@ -62,6 +62,7 @@ def test_build_and_verify(pictures, tmp_path, capsys):
     assert "same lists, 21 pictures can be decoded" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:.*test is not used:UserWarning")
 def test_build_by_a_recipe(pictures, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"epochs": 7, "data": {"path": str(pictures), "profile": "as_is"}}))
@@ -252,6 +253,7 @@ def test_push(pictures, tmp_path, capsys):
         assert Path(downloaded).read_bytes() == (split.path / file).read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore:.*test is not used:UserWarning")
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

@@ -159,6 +159,18 @@ def test_temperature_by_cross_validation_costs_no_picture(train, monkeypatch):
     assert likelihood(config.temperature) <= min(likelihood(factor * config.temperature) for factor in (0.98, 1.02))
 
 
+def test_a_broken_picture_is_named_with_its_split(train, tmp_path):
+    for name, colour in (("ant", 50), ("bee", 200)):
+        for split in ("train", "test"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(6):
+                Image.new("RGB", (8, 8), (colour, i, 0)).save(tmp_path / "data" / split / name / f"{i}.png")
+    (tmp_path / "data" / "train" / "bee" / "3.png").write_bytes(b"nothing")
+    flags = [f"--data.path={tmp_path / 'data'}", "--data.profile=as_is", "--batch_size=4", "--method=bc"]
+    with pytest.raises(SystemExit, match=r"^error: train row 9, bee/3\.png"):
+        train("run", *flags)
+
+
 def test_folds_that_are_not_made_are_named(train, capsys):
     train("run", "--method=bc", "--epochs=1", "--train.calibration_folds=2", "--data.val_fraction=0.2")
     assert "warning: train.calibration_folds does nothing here" in capsys.readouterr().out
