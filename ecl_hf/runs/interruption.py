@@ -46,6 +46,7 @@ class StopRequest:
             self.asked, self._since = True, time.monotonic()
         impatient = number == signal.SIGINT and time.monotonic() - self._since > PATIENCE
         if impatient or not self.deferred:
+            sys.stderr.write("stopped; --resume goes on from the last checkpoint, if there is one\n")
             sys.exit(STOPPED)
 
 
