@@ -86,6 +86,7 @@ def test_lists_are_the_same_on_every_machine():
         assert hashlib.sha256("".join(f"{row}\n" for row in rows).encode()).hexdigest() == digest
 
 
+@pytest.mark.filterwarnings("ignore:.*test is not used:UserWarning")
 @pytest.mark.parametrize(
     ("options", "name"),
     [
@@ -100,6 +101,7 @@ def test_protocol_names(options, name, config, tmp_path):
     assert build(replace(config, **options), tmp_path / "split").record["protocol"] == name
 
 
+@pytest.mark.filterwarnings("ignore:.*test is not used:UserWarning")
 def test_held_out_rows_are_positions_in_the_training_pictures(config, tmp_path):
     split = build(replace(config, test_fraction=0.3), tmp_path / "split")
     rows = split.rows()
@@ -190,6 +192,7 @@ def test_where_the_source_is(config, tmp_path):
         assert split.config(path="/elsewhere").source == source
 
 
+@pytest.mark.filterwarnings("ignore:.*test is not used:UserWarning")
 @pytest.mark.parametrize(
     ("options", "said"),
     [
