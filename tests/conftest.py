@@ -12,7 +12,6 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -57,8 +56,6 @@ def _seed():
 @pytest.fixture
 def hub(tmp_path):
     """A Hub on this machine, with every client library of this process pointed at it and its caches empty."""
-    if int(huggingface_hub.__version__.partition(".")[0]) < 2:
-        pytest.skip("the tests' Hub redirects in a way that older versions of huggingface_hub don't follow")
     with HubServer(tmp_path / "hub") as server, connected(server):
         yield server
     assert server.problems == []

@@ -69,7 +69,8 @@ class HubServer:
 
     def __enter__(self) -> "HubServer":
         self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler(self, origin)) for origin in ("hub", "cdn")]
-        self.url, self.cdn = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
+        hub, cdn = (server.server_port for server in self.servers)
+        self.url, self.cdn = f"http://127.0.0.1:{hub}", f"http://localhost:{cdn}"  # older clients compare hosts only
         for server in self.servers:
             server.daemon_threads = False  # closing waits for the requests in progress
         self.threads = [threading.Thread(target=server.serve_forever, args=[0.01]) for server in self.servers]

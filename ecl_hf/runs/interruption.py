@@ -29,6 +29,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.asked = False
         self.deferred = False
+        self._at_once = False
         self._since = 0.0
         self._previous: dict[int, object] = {}
 
@@ -40,13 +41,15 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self._at_once:  # not in the handler, which may have interrupted another writer
+            sys.stderr.write("stopped; --resume goes on from the last checkpoint, if there is one\n")
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if not self.asked:
             self.asked, self._since = True, time.monotonic()
         impatient = number == signal.SIGINT and time.monotonic() - self._since > PATIENCE
         if impatient or not self.deferred:
-            sys.stderr.write("stopped; --resume goes on from the last checkpoint, if there is one\n")
+            self._at_once = True
             sys.exit(STOPPED)
 
 

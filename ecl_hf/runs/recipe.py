@@ -94,10 +94,11 @@ class Recipe:
 
     @classmethod
     @cache
-    def _parser(cls, method: str) -> ArgumentParser:
-        """A parser of recipes of a method; building one takes longer than reading a recipe."""
+    def _parser(cls, settings: type[Settings]) -> ArgumentParser:
+        """A parser of recipes of methods with these settings; building one takes longer than reading a recipe."""
         parser = ArgumentParser(exit_on_error=False)
-        cls.add_arguments(parser, method)
+        parser.add_class_arguments(cls, skip={"loss"})
+        parser.add_class_arguments(settings, "loss")
         return parser
 
     @classmethod
@@ -117,7 +118,7 @@ class Recipe:
         try:
             method = found.get("method", "ecl")
             check_settings(method, found["loss"] if isinstance(found.get("loss"), dict) else ())
-            parser = cls._parser(method)
+            parser = cls._parser(settings_of(method))
             return cls.from_arguments(parser, parser.parse_path(path))
         except (ArgumentError, ValueError) as error:
             raise ValueError(f"recipe {path}: {error}") from error
@@ -138,7 +139,7 @@ class Recipe:
     @classmethod
     def _from_tree(cls, tree: dict[str, Any], method: str) -> "Recipe":
         tree = {key: value for key, value in tree.items() if value != {}}
-        parser = cls._parser(method)
+        parser = cls._parser(settings_of(method))
         return cls.from_arguments(parser, parser.parse_object(json.loads(json.dumps(tree, default=os.fspath))))
 
     @classmethod

@@ -178,12 +178,16 @@ def test_branches(hub, pushed):
     assert torch.equal(logits(ECLForImageClassification.from_pretrained(REPO)), logits(pushed))
 
 
+def push_own_card():
+    content = b"---\nlicense: mit\n---\nmy own words\n"
+    HfApi().upload_file(path_or_fileobj=content, path_in_repo="README.md", repo_id=REPO)
+
+
 def test_unchanged_push_makes_no_revision_and_the_repositorys_card_stays(hub, pushed):
     first = HfApi().model_info(REPO).sha
     pushed.push_to_hub(REPO)
     assert HfApi().model_info(REPO).sha == first
-    card = ModelCard("---\nlicense: mit\n---\nmy own words\n")
-    card.push_to_hub(REPO)
+    push_own_card()
     build(seed=2).push_to_hub(REPO)
     assert "my own words" in ModelCard.load(REPO).text
 
@@ -195,7 +199,7 @@ def test_saving_with_push(hub, model, tmp_path):
 
 
 def test_saving_with_push_to_a_branch_keeps_the_repositorys_card(hub, pushed, tmp_path):
-    ModelCard("---\nlicense: mit\n---\nmy own words\n").push_to_hub(REPO)
+    push_own_card()
     other = build(seed=4)
     other.save_pretrained(tmp_path / "foxes", push_to_hub=True, repo_id=REPO, revision="next")
     assert torch.equal(logits(ECLForImageClassification.from_pretrained(REPO)), logits(pushed))
