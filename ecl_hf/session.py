@@ -146,6 +146,11 @@ class Session:
         check_launch(os.environ, self.processes)
         self.method = METHODS[recipe.method]
         experts = self.method.num_experts(recipe.model.num_experts)
+        if experts == 1 < self.method.experts.default:
+            self.say(
+                f"one expert is trained, as the recipe says; {recipe.method} is made for several: "
+                f"--model.num_experts {self.method.experts.default}"
+            )
         stages, blocks = shared_parts(recipe.model, self.method)
         model = replace(recipe.model, num_experts=experts, share_stages=stages, share_blocks=blocks)
         self.recipe = recipe = replace(recipe, model=model)  # the caller's stays as it is
@@ -194,10 +199,10 @@ class Session:
         compiled = recipe.train.compile
         for idle in idle_keys(self.method, recipe.method, recipe.model, self.model, compiled=compiled):
             self.say(f"warning: {idle}")
-        if recipe.train.calibration_folds and (recipe.model.tune != "head" or recipe.data.val_fraction):
+        if recipe.train.calibration_folds and recipe.model.tune != "head" and not recipe.data.val_fraction:
             self.say(
-                "warning: train.calibration_folds does nothing here: it takes model.tune head, and no "
-                "data.val_fraction, which finds a temperature too"
+                "warning: train.calibration_folds does nothing here: it takes model.tune head; data.val_fraction finds "
+                "a temperature too"
             )
         self.encoder = None
         if recipe.model.tune != "head":

@@ -1,12 +1,17 @@
 """What scripts say: it does nothing to a terminal, and output that can't be written ends no training."""
 
 import contextlib
+import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TextIO
 
 from ecl_hf.names import readable, visible
+
+PACKAGE = Path(__file__).parent
 
 UP = "\x1b[A"
 """Moves the cursor up a line, as progress bars do that stand above each other."""
@@ -17,8 +22,10 @@ def speaking() -> Iterator[None]:
     """Around a script's `main`: what it prints is `visible`, and goes on when nobody can take it.
 
     A reader that has gone (`| head`) is no error. Where the disk is full, say, the script comes to its end, and then
-    says that not all of its output was written.
+    says that not all of its output was written. A warning of this package is a sentence, without the line of code.
     """
+    formatted = warnings.formatwarning
+    warnings.formatwarning = functools.partial(_sentence, formatted)
     out, err = LastingStream(sys.stdout), LastingStream(sys.stderr, bars=True)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -28,6 +35,7 @@ def speaking() -> Iterator[None]:
             end.code = readable(end.code)
         raise
     finally:
+        warnings.formatwarning = formatted
         out.settle()
         err.settle()
     if out.error and not isinstance(out.error, BrokenPipeError):
@@ -41,6 +49,12 @@ def refusing(advice: str = "") -> Iterator[None]:
         yield
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}{advice}")
+
+
+def _sentence(others: Callable[..., str], message: object, category: type, filename: str, *where: Any) -> str:
+    if category is UserWarning and Path(filename).is_relative_to(PACKAGE):
+        return f"warning: {message}\n"
+    return others(message, category, filename, *where)
 
 
 class LastingStream:

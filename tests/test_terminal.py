@@ -5,12 +5,14 @@ import errno
 import io
 import os
 import sys
+import warnings
 from importlib import import_module
 from weakref import WeakSet
 
 import pytest
 from tqdm import tqdm
 
+from ecl_hf import terminal
 from ecl_hf.cli import COMMANDS
 from ecl_hf.terminal import LastingStream, speaking
 
@@ -133,3 +135,12 @@ def test_program_without_a_terminal_says_nothing():
     nowhere.flush()
     nowhere.settle()
     assert nowhere.error is None
+
+
+def test_a_warning_of_the_package_is_a_sentence():
+    before = warnings.formatwarning
+    with speaking():
+        assert warnings.formatwarning("few pictures", UserWarning, terminal.__file__, 3) == "warning: few pictures\n"
+        assert warnings.formatwarning("slow", UserWarning, __file__, 3) == before("slow", UserWarning, __file__, 3)
+        assert "DeprecationWarning" in warnings.formatwarning("old", DeprecationWarning, terminal.__file__, 3)
+    assert warnings.formatwarning is before

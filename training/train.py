@@ -60,6 +60,9 @@ from ecl_hf.runs.recipe_files import RecipeFile
 from ecl_hf.session import Session, or_exit, refusing
 from ecl_hf.terminal import speaking
 
+FEW_HELD_OUT = 4
+"""Held-out pictures of a class, below which they say little about how sure the model may be of it."""
+
 
 def parse(argv: Sequence[str] | None) -> tuple[Recipe, Namespace]:
     """Read recipe file and flags; an unknown key or a wrong type ends the program with its name."""
@@ -326,6 +329,12 @@ class Training(Session):
         self.model.config.temperature *= fit_temperature(logits, labels, shift)
         self.calibration_seconds = time.perf_counter() - started
         self.say(f"temperature {self.model.config.temperature:.2f}, found on {len(labels)} pictures")
+        thin = (labels.bincount(minlength=logits.shape[1]) < FEW_HELD_OUT).sum().item()
+        if thin > logits.shape[1] / 2:
+            self.say(
+                f"probabilities may be far from true: {thin} classes of {logits.shape[1]} have fewer than "
+                f"{FEW_HELD_OUT} pictures that the model did not learn from"
+            )
 
     def _predict_folds(self) -> Iterator[Predictions]:
         """The training pictures in turn, fold by fold, by models that were trained on the others."""

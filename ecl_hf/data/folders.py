@@ -24,6 +24,12 @@ SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "val
 TABLES = (".parquet", ".arrow", "metadata.csv", "metadata.jsonl")
 """Endings of files that say themselves what the classes are."""
 
+LISTS = (".csv", ".tsv", ".jsonl", ".xlsx")
+"""Endings of files that could be meant as tables of the classes, and are none by their names."""
+
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz")
+"""Endings of files in which pictures may lie that are not seen here."""
+
 TEXTS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".md", ".yaml", ".xml")
 """Endings of files that `datasets` reads whole."""
 
@@ -122,7 +128,7 @@ def read_class_folders(root: Path, config: DataConfig) -> tuple[dict[str, datase
         or tables that say more about them.
 
     Raises:
-        ValueError: a split has no pictures, or there is a single class.
+        ValueError: a split has no pictures, all pictures lie outside class folders, or there is a single class.
     """
     if holds(root, TABLES):
         return None
@@ -151,6 +157,11 @@ def read_class_folders(root: Path, config: DataConfig) -> tuple[dict[str, datase
                 else:
                     ignored[ending] += 1
     if not any(files.values()):
+        if (loose := sum(_loose(part) for part in {root, *parts.values()})) and not holds(root, ARCHIVES):
+            raise ValueError(
+                f"{root}: {loose} pictures lie in no class folder: give each class a folder of its name, or write "
+                f"{root / 'metadata.csv'} with the columns file_name and label, a line for each picture"
+            )
         return None
     for key, part in parts.items():
         if not files[key]:
@@ -164,10 +175,14 @@ def read_class_folders(root: Path, config: DataConfig) -> tuple[dict[str, datase
             "metadata.csv and have a column file_name"
         )
     for part in parts.values():
-        if loose := sum(
-            _suffix(entry.name) in PICTURES for entry in os.scandir(part) if not entry.name.startswith(".")
-        ):
+        if loose := _loose(part):
             warnings.warn(f"{part}: {loose} pictures lie in no class folder and are left out", stacklevel=2)
+    if tables := sorted(entry.name for entry in os.scandir(root) if entry.name.lower().endswith(LISTS)):
+        warnings.warn(
+            f"{root}: {listed(tables)} is not read: the folders are the classes; a table that names the classes must "
+            "be called metadata.csv and have a column file_name",
+            stacklevel=2,
+        )
     if ignored:
         kinds = ", ".join(f"{kind} ({count})" for kind, count in ignored.most_common(5))
         warnings.warn(f"{root}: {ignored.total()} files are no pictures by their suffix: {kinds}", stacklevel=2)
@@ -217,6 +232,15 @@ class Seen:
         self.folders[identity] = place
 
 
+def warn_of_unlisted(root: Path, there: int) -> None:
+    """Say how many pictures lie in a folder beyond the number that its tables name."""
+    found = sum(_suffix(name) in PICTURES for _, names in walk(root, links=True) for name in names)
+    if found > there:
+        warnings.warn(
+            f"{root}: {found} pictures lie in it, and its tables name {there}: the others are left out", stacklevel=2
+        )
+
+
 def check_tree(root: Path) -> None:
     """Refuse a tree in which others would walk for ever, or read a table that never ends; ValueError names the place.
 
@@ -253,10 +277,19 @@ def _suffix(file: str) -> str:
 
 def _is_split(path: Path) -> bool:
     """Whether a folder is a split, and not a class that is called like one."""
-    return bool(_folders(path)) and not any(_suffix(entry.name) in PICTURES for entry in path.iterdir())
+    return bool(_folders(path)) and not _loose(path)
+
+
+def _loose(path: Path) -> int:
+    """Number of pictures in a folder itself."""
+    if not path.is_dir():
+        return 0
+    return sum(_suffix(entry.name) in PICTURES for entry in os.scandir(path) if not entry.name.startswith("."))
 
 
 def _folders(path: Path) -> list[str]:
+    """Names of the folders in a folder; neither hidden ones, nor what macOS leaves in archives."""
     if not path.is_dir():
         return []
-    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
+    inside = (entry.name for entry in os.scandir(path) if entry.is_dir())
+    return sorted(name for name in inside if not name.startswith(".") and name != "__MACOSX")

@@ -114,7 +114,7 @@ def choose_rows(config: DataConfig, source: Source) -> dict[str, np.ndarray]:
     labels = labels_of(source.train)
     available = np.bincount(labels, minlength=len(names))
     if empty := [names[c] for c in np.flatnonzero(available == 0)]:
-        raise ValueError(f"{name} has no training image of {len(empty)} classes: {listed(empty)}")
+        raise ValueError(f"{name} has no training image of {len(empty)} classes: {listed(empty)}; fill or remove them")
     rows = np.arange(len(labels))
     if source.test is None:
         wanted = held_out_counts(available, config.test_fraction)

@@ -17,7 +17,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from ecl_hf.data.config import DataConfig
-from ecl_hf.data.folders import check_tree, read_class_folders
+from ecl_hf.data.folders import check_tree, read_class_folders, warn_of_unlisted
 from ecl_hf.data.longtail import longtail_indices
 from ecl_hf.files import check_regular, read_entries, read_object
 from ecl_hf.names import listed, printable
@@ -176,7 +176,10 @@ def read_splits(
         builder.download_and_prepare()
         loaded = builder.as_dataset()
     folders = (Path(name),) if config.path else ()
-    if isinstance(builder, FolderBasedBuilder):  # archives are unpacked, and the Hub's files kept, in the cache
+    if isinstance(builder, FolderBasedBuilder):
+        if config.path:
+            warn_of_unlisted(Path(name), sum(map(len, loaded.values())))
+        # archives are unpacked, and the Hub's files kept, in the cache
         cache = datasets.config
         folders += (Path(cache.DOWNLOADED_DATASETS_PATH), Path(cache.EXTRACTED_DATASETS_PATH), Path(HF_HUB_CACHE))
     return _wanted(loaded, config), stored, folders

@@ -433,7 +433,10 @@ class Method:
         if number < least or (most is not None and number > most):
             made_for = f"{least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
             experts = "expert" if least == most == 1 else "experts"
-            raise ValueError(f"this method trains {made_for} {experts}, but the model has {number} (model.num_experts)")
+            raise ValueError(
+                f"this method trains {made_for} {experts}, but the model has {number}: take --model.num_experts "
+                f"{least if number < least else most}"
+            )
         return number
 
     def stage_epochs(self, epochs: int) -> list[int]:

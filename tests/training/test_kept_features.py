@@ -1,6 +1,7 @@
 """Heads on the kept features of a frozen encoder, through the training script, and choosing by validation pictures."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -172,8 +173,15 @@ def test_a_broken_picture_is_named_with_its_split(train, tmp_path):
 
 
 def test_folds_that_are_not_made_are_named(train, capsys):
-    train("run", "--method=bc", "--epochs=1", "--train.calibration_folds=2", "--data.val_fraction=0.2")
+    flags = ["--method=bc", "--epochs=1", "--train.calibration_folds=2"]
+    train("all", *flags, "--model.tune=all")
     assert "warning: train.calibration_folds does nothing here" in capsys.readouterr().out
+    train("validated", *flags, "--data.val_fraction=0.2")
+    said = capsys.readouterr().out
+    assert "calibration_folds" not in said
+    assert re.search(
+        r"temperature [\d.]+, found on \d+ pictures\nprobabilities may be far from true: 9 classes of 10", said
+    )
 
 
 @pytest.mark.slow

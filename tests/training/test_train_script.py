@@ -47,6 +47,13 @@ def train(folder: Path, *flags: str) -> Path:
     return main([*TINY, f"--output_dir={folder}", *flags])
 
 
+def test_a_number_of_experts_that_a_method_is_not_made_for_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit, match=r"trains 3 experts, but the model has 1: take --model.num_experts 3"):
+        train(tmp_path / "sade", "--method=sade", "--model.num_experts=1")
+    train(tmp_path / "ride", "--method=ride", "--model.num_experts=1", "--epochs=1")
+    assert "ride is made for several: --model.num_experts 3" in capsys.readouterr().out
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return {key: value for file in (run / "model").glob("*.safetensors") for key, value in load_file(file).items()}
 
