@@ -109,3 +109,8 @@ def test_name_of_two_classes_in_the_prior_is_refused(saved):
 def test_unknown_class_in_the_prior_is_named(saved):
     with pytest.raises(ValueError, match="does not know: elm"):
         classify(saved[1])(pictures(), target_prior={"elm": 1.0})
+
+
+def test_a_prior_that_is_no_number_is_named(saved):
+    with pytest.raises(ValueError, match=r"target_prior\['oak'\] must be a number, not 'often'"):
+        classify(saved[1])(pictures(), target_prior={"oak": "often"})

@@ -29,7 +29,8 @@ class FeatureDataset(torch.utils.data.Dataset):
     Args:
         features: [V, N, D].
         labels: [N].
-        there: whether each picture could be decoded, [N]; the next one that could takes the place of one that couldn't.
+        there: which pictures to learn from, [N], as those that could be decoded; the next one of the same class takes
+            the place of another, or the next one at all where the class has none.
         seed: of the draws.
 
     Raises:
@@ -46,8 +47,13 @@ class FeatureDataset(torch.utils.data.Dataset):
         self.epoch = 0
         self.progress = 0.0
         self.weights: np.ndarray | None = None
+        self.rows = np.arange(len(labels))
         good = np.flatnonzero(there.numpy())
-        self.rows = good[np.searchsorted(good, np.arange(len(labels))) % len(good)]
+        for label in np.unique(labels[~there.numpy()]):
+            lost = np.flatnonzero(~there.numpy() & (labels == label))
+            own = good[labels[good] == label]
+            choice = own if len(own) else good
+            self.rows[lost] = choice[np.searchsorted(choice, lost) % len(choice)]
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -43,12 +43,18 @@ def test_second_stream_and_further_views():
     assert torch.equal(batch["partner_pixel_values"][:, 0] % 100 % 3, batch["partner_labels"].float())
 
 
-def test_next_picture_takes_the_place_of_a_broken_one():
+def test_next_picture_of_the_class_takes_the_place_of_a_broken_one():
     there = torch.ones(12, dtype=torch.bool)
     there[[3, 4, 11]] = False
     [batch] = feature_loader(dataset(there), 12)
     used = dict(zip(batch["indices"].tolist(), (batch["pixel_values"][:, 0] % 100).tolist(), strict=True))
-    assert (used[3], used[4], used[11], used[6]) == (5, 5, 0, 6)
+    assert (used[3], used[4], used[11], used[6]) == (6, 7, 2, 6)
+    assert batch["labels"].bincount().tolist() == [4, 4, 4]
+    assert torch.equal(batch["labels"].float(), batch["pixel_values"][:, 0] % 100 % 3)
+    there[1::3] = False  # the whole class 1
+    [batch] = feature_loader(dataset(there), 12)
+    used = dict(zip(batch["indices"].tolist(), (batch["pixel_values"][:, 0] % 100).tolist(), strict=True))
+    assert (used[1], used[7], used[10]) == (2, 8, 0)
     assert torch.equal(batch["labels"].float(), batch["pixel_values"][:, 0] % 100 % 3)
     with pytest.raises(ValueError, match="none of the 12"):
         dataset(torch.zeros(12, dtype=torch.bool))
