@@ -368,6 +368,15 @@ def failures(evidence: Evidence) -> dict[str, Any] | None:
     }
 
 
+def check_comparable(runs: dict[str, dict[str, Any]], keys: Sequence[str]) -> None:
+    """Refuse runs that differ in one of these entries; ValueError names the first two."""
+    for name, entries in runs.items():
+        start = next(iter(runs))
+        for key in keys:
+            if entries[key] != runs[start][key]:
+                raise ValueError(f"{start} and {name} can't be compared: they differ in {key}")
+
+
 def read_tables(folder: Path | None) -> dict[str, list[dict[str, str]]]:
     """Tables of `reproduce.py`, by their names; FileNotFoundError if there is none."""
     if folder is None:
@@ -435,12 +444,20 @@ def main(argv: Sequence[str] | None = None) -> Path:
         parser.error(f"the runs need different names; give them with --names (now {', '.join(names)})")
     try:
         tables = read_tables(args.results)
+        check_comparable(
+            {
+                name: read_results(file, {"class_names": list, "class_counts": list})
+                for name, path in zip(names, paths, strict=True)
+                if (file := RunFolder(path).results_file).is_file()
+            },
+            ("class_names", "class_counts"),
+        )
         runs = {n: read_evidence(p, args.data.path, args.landscape_images) for n, p in zip(names, paths, strict=True)}
         first = runs[names[0]].evaluation
-        for name, evidence in runs.items():
-            for key in ("class_names", "class_counts", "test_images"):
-                if evidence.evaluation[key] != first[key]:
-                    raise ValueError(f"{names[0]} and {name} can't be compared: they differ in {key}")
+        check_comparable(
+            {name: evidence.evaluation for name, evidence in runs.items()},
+            ("class_names", "class_counts", "test_images"),
+        )
         output = args.output or (paths[0] if paths[0].is_dir() else paths[0].parent) / "figures"
         output.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:

@@ -248,6 +248,17 @@ def test_figures_take_the_place_of_links(tmp_path):
     assert "<svg" in (tmp_path / "x.svg").read_text()
 
 
+def test_runs_on_other_data_are_refused_before_one_is_evaluated(tmp_path, monkeypatch):
+    runs = [make_run(tmp_path / name) for name in ("a", "b")]
+    results = json.loads((runs[1] / "results.json").read_text())
+    (runs[1] / "results.json").write_text(json.dumps(results | {"class_names": list("klmnopqrst")}))
+    for run in runs:
+        (run / "evaluation.json").unlink()
+    monkeypatch.setattr(figures.subprocess, "run", None)
+    with pytest.raises(SystemExit, match="a and b can't be compared: they differ in class_names"):
+        figures.main([f"--run={run}" for run in runs])
+
+
 def test_runs_on_other_data_are_not_compared(tmp_path):
     runs = [make_run(tmp_path / name) for name in ("a", "b")]
     evaluation = json.loads((runs[1] / "evaluation.json").read_text())
@@ -259,7 +270,7 @@ def test_runs_on_other_data_are_not_compared(tmp_path):
 
 def test_files_that_are_none_are_named(tmp_path):
     run = make_run(tmp_path / "run")
-    for name in ("results.json", "evaluation.npz", "evaluation.json"):
+    for name in ("evaluation.npz", "evaluation.json", "results.json"):
         for text in ("[]", "", '{"test": {"plain": 7}}', "\0\xff"):
             (run / name).write_text(text, encoding="latin1")
             with pytest.raises(SystemExit, match=f"^error: {re.escape(str(run / name))} "):
