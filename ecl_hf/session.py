@@ -177,7 +177,7 @@ class Session:
         if recipe.batch_size > images:
             raise ValueError(
                 f"batch_size {recipe.batch_size} exceeds the training split of {images} images: take "
-                f"--batch_size {images} or less"
+                f"--batch_size {min(images, 16)}, or up to {images}"
             )
         self.steps_per_epoch = images // recipe.batch_size
         self.total_steps = recipe.epochs * self.steps_per_epoch

@@ -346,7 +346,7 @@ def test_diverged_run_publishes_nothing(when, tmp_path, monkeypatch):
         (["--data.label_column=breed"], "breed.*label"),
         (["--data.test_split=test", "--data.max_count=1000"], "max_count"),
         (["--data.imbalance_factor=1000"], "imbalance_factor"),
-        (["--batch_size=100000"], r"batch_size.*training split.*take --batch_size \d+ or less"),
+        (["--batch_size=100000"], r"batch_size.*training split.*take --batch_size 16, or up to \d+"),
         (["--batch_size=15", "--train.gradient_accumulation_steps=2"], "batch_size 15"),
         (["--model.architecture=resnet32_cifra"], "resnet32_cifar"),
         (["--model.pretrained=true"], "pretrained"),
