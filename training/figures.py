@@ -440,6 +440,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     names = args.names or [path.stem if path.suffix == ".json" else path.resolve().name for path in paths]
     if len(names) != len(paths):
         parser.error(f"{len(names)} names for {len(paths)} runs")
+    if args.output and args.output.suffix == ".html":
+        parser.error(f"--output names a folder, which gets the report and its figures, not {args.output}")
     if len(set(names)) != len(names):
         parser.error(f"the runs need different names; give them with --names (now {', '.join(names)})")
     try:

@@ -278,13 +278,15 @@ def test_files_that_are_none_are_named(tmp_path):
     assert not (run / "figures").exists()
 
 
-@pytest.mark.parametrize("flags", [["--names", "x", "y"], ["--run={run}"], ["--run=/nope"], ["--results=/nope"]])
+@pytest.mark.parametrize(
+    "flags", [["--names", "x", "y"], ["--output={run}.html"], ["--run={run}"], ["--run=/nope"], ["--results=/nope"]]
+)
 def test_wrong_flags_are_named(tmp_path, flags, capsys):
     run = make_run(tmp_path / "run")
     with pytest.raises(SystemExit) as error:
         figures.main([f"--run={run}", *(flag.format(run=run) for flag in flags)])
     said = str(error.value) + capsys.readouterr().err
-    assert any(part in said for part in ("2 names for 1 runs", "different names", "nope"))
+    assert any(part in said for part in ("2 names for 1 runs", "names a folder", "different names", "nope"))
     assert not (run / "figures").exists()
 
 
