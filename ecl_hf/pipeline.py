@@ -1,8 +1,7 @@
 """The image-classification pipeline with what only an ensemble can answer."""
 
 from collections.abc import Mapping, Sequence
-from numbers import Real
-from typing import Any
+from typing import Any, SupportsFloat
 
 from transformers import ImageClassificationPipeline
 
@@ -43,9 +42,10 @@ class ECLImageClassificationPipeline(ImageClassificationPipeline):
             raise ValueError(f"target_prior names {twice[0]!r}, as several classes are called; give a sequence instead")
         if unknown := sorted(set(target_prior) - set(names)):
             raise ValueError(f"target_prior names classes that the model does not know: {', '.join(unknown[:10])}")
-        if wrong := [name for name, value in target_prior.items() if not isinstance(value, Real)]:
-            raise ValueError(f"target_prior[{wrong[0]!r}] must be a number, not {target_prior[wrong[0]]!r}")
-        return [target_prior.get(name, 0.0) for name in names]
+        for name, value in target_prior.items():
+            if not isinstance(value, SupportsFloat):
+                raise ValueError(f"target_prior[{name!r}] must be a number, not {value!r}")
+        return [float(target_prior.get(name, 0.0)) for name in names]
 
     def _forward(self, model_inputs: dict[str, Any], **kwargs: Any) -> Any:
         return self.model(**model_inputs, **kwargs)

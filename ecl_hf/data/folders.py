@@ -136,6 +136,7 @@ def read_class_folders(root: Path, config: DataConfig) -> tuple[dict[str, datase
     if config.test_fraction is not None:
         parts = {"train": parts["train"] if _is_split(parts["train"]) else root}
         if parts["train"] == root and (found := _folders(root)) and SPLITS.issuperset(found):
+            _refuse_loose(root, {root / config.train_split})
             raise ValueError(f"{root} has no split {config.train_split!r} (data.train_split); it has {listed(found)}")
         if parts["train"] != root and _is_split(root / config.test_split):
             warnings.warn(
@@ -157,11 +158,7 @@ def read_class_folders(root: Path, config: DataConfig) -> tuple[dict[str, datase
                 else:
                     ignored[ending] += 1
     if not any(files.values()):
-        if (loose := sum(_loose(part) for part in {root, *parts.values()})) and not holds(root, ARCHIVES):
-            raise ValueError(
-                f"{root}: {loose} pictures lie in no class folder: give each class a folder of its name, or write "
-                f"{root / 'metadata.csv'} with the columns file_name and label, a line for each picture"
-            )
+        _refuse_loose(root, {root, *parts.values()})
         return None
     for key, part in parts.items():
         if not files[key]:
@@ -278,6 +275,14 @@ def _suffix(file: str) -> str:
 def _is_split(path: Path) -> bool:
     """Whether a folder is a split, and not a class that is called like one."""
     return bool(_folders(path)) and not _loose(path)
+
+
+def _refuse_loose(root: Path, parts: set[Path]) -> None:
+    if (loose := sum(map(_loose, parts))) and not holds(root, ARCHIVES):
+        raise ValueError(
+            f"{root}: {loose} pictures lie in no class folder: give each class a folder of its name, or write "
+            f"{root / 'metadata.csv'} with the columns file_name and label, a line for each picture"
+        )
 
 
 def _loose(path: Path) -> int:

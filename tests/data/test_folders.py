@@ -32,13 +32,12 @@ def read(root, **settings):
     return read_source(DataConfig(path=str(root), **{"test_fraction": 0.5, **settings}))
 
 
-@pytest.mark.parametrize("place", ["", "train/"])
-def test_a_folder_without_class_folders_says_how_to_name_the_classes(tmp_path, place):
+@pytest.mark.parametrize(("place", "fraction"), [("", 0.5), ("train/", 0.5), ("train/", None)])
+def test_a_folder_without_class_folders_says_how_to_name_the_classes(tmp_path, place, fraction):
     root = write_pictures(tmp_path / "data", [f"{place}{n}.png" for n in range(3)])
     (root / "labels.csv").write_text("file,class\n0.png,ant\n", encoding="utf-8")
-    where = {"test_fraction": None} if place else {}
     with pytest.raises(ValueError, match=r"3 pictures lie in no class folder: .*metadata\.csv.*file_name and label"):
-        read(root, **where)
+        read(root, test_fraction=fraction)
 
 
 @OPEN_TABLE
