@@ -48,9 +48,9 @@ class FeatureDataset(torch.utils.data.Dataset):
         self.progress = 0.0
         self.weights: np.ndarray | None = None
         self.rows = np.arange(len(labels))
-        good = np.flatnonzero(there.numpy())
-        for label in np.unique(labels[~there.numpy()]):
-            lost = np.flatnonzero(~there.numpy() & (labels == label))
+        good, absent = np.flatnonzero(there.numpy()), np.flatnonzero(~there.numpy())
+        for label in np.unique(labels[absent]):
+            lost = absent[labels[absent] == label]
             own = good[labels[good] == label]
             choice = own if len(own) else good
             self.rows[lost] = choice[np.searchsorted(choice, lost) % len(choice)]
